@@ -1,0 +1,45 @@
+//! The error type of this crate.
+
+use std::io;
+
+/// What a hypervisor backend can refuse or fail.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The hypervisor is not there or may not be used.
+    #[error("{what}; {hint}")]
+    Unavailable {
+        /// What is missing, with its name: `/dev/kvm does not exist`.
+        what: String,
+        /// What the user can do about it.
+        hint: &'static str,
+        /// The operating system's reason, where there is one.
+        #[source]
+        source: Option<io::Error>,
+    },
+    /// A call of the hypervisor failed.
+    #[error("{op} failed")]
+    Call {
+        /// The call, by the name its documentation uses.
+        op: &'static str,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// This backend cannot do it.
+    #[error("{0} is not supported by this hypervisor")]
+    Unsupported(&'static str),
+    /// An argument is out of range.
+    #[error("{what} {value:#x} is out of range: {reason}")]
+    OutOfRange {
+        /// Which argument.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// The limit.
+        reason: &'static str,
+    },
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,174 @@
+//! Register state of an x86-64 processor, in plain types that belong to no hypervisor.
+
+use std::fmt;
+
+/// General registers, instruction pointer and flags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "the registers are named as in the Intel SDM, volume 1, section 3.4")]
+pub struct Regs {
+    pub rax: u64,
+    pub rbx: u64,
+    pub rcx: u64,
+    pub rdx: u64,
+    pub rsi: u64,
+    pub rdi: u64,
+    pub rsp: u64,
+    pub rbp: u64,
+    pub r8: u64,
+    pub r9: u64,
+    pub r10: u64,
+    pub r11: u64,
+    pub r12: u64,
+    pub r13: u64,
+    pub r14: u64,
+    pub r15: u64,
+    pub rip: u64,
+    pub rflags: u64,
+}
+
+impl fmt::Display for Regs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "rip {:016x}  rflags {:08x}", self.rip, self.rflags)?;
+        let named = [
+            ("rax", self.rax),
+            ("rbx", self.rbx),
+            ("rcx", self.rcx),
+            ("rdx", self.rdx),
+            ("rsi", self.rsi),
+            ("rdi", self.rdi),
+            ("rsp", self.rsp),
+            ("rbp", self.rbp),
+            ("r8 ", self.r8),
+            ("r9 ", self.r9),
+            ("r10", self.r10),
+            ("r11", self.r11),
+            ("r12", self.r12),
+            ("r13", self.r13),
+            ("r14", self.r14),
+            ("r15", self.r15),
+        ];
+        for (i, (name, value)) in named.iter().enumerate() {
+            write!(f, "{name} {value:016x}{}", if i % 4 == 3 { "\n" } else { "  " })?;
+        }
+        Ok(())
+    }
+}
+
+/// A segment register with its hidden part (Intel SDM, volume 3, section 3.4.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Segment {
+    /// Base address.
+    pub base: u64,
+    /// Limit in bytes (already scaled by the granularity).
+    pub limit: u32,
+    /// Visible selector.
+    pub selector: u16,
+    /// Type field, 4 bits.
+    pub kind: u8,
+    /// Present.
+    pub present: bool,
+    /// Descriptor privilege level, 0 to 3.
+    pub dpl: u8,
+    /// D/B: default operand size is 32 bits.
+    pub db: bool,
+    /// S: code or data (not a system segment).
+    pub s: bool,
+    /// L: 64-bit code.
+    pub l: bool,
+    /// G: the limit counts 4 KiB units.
+    pub g: bool,
+    /// Available to software.
+    pub avl: bool,
+    /// Not usable (a null selector was loaded).
+    pub unusable: bool,
+}
+
+/// Base and limit of a descriptor table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DescriptorTable {
+    /// Linear address.
+    pub base: u64,
+    /// Size in bytes, minus one.
+    pub limit: u16,
+}
+
+/// Segments, control registers and descriptor tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "the registers are named as in the Intel SDM, volume 3, chapter 2")]
+pub struct SpecialRegs {
+    pub cs: Segment,
+    pub ds: Segment,
+    pub es: Segment,
+    pub fs: Segment,
+    pub gs: Segment,
+    pub ss: Segment,
+    pub tr: Segment,
+    pub ldt: Segment,
+    pub gdt: DescriptorTable,
+    pub idt: DescriptorTable,
+    pub cr0: u64,
+    pub cr2: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub cr8: u64,
+    pub efer: u64,
+    pub apic_base: u64,
+}
+
+impl fmt::Display for SpecialRegs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "cr0 {:08x}  cr2 {:016x}  cr3 {:016x}  cr4 {:08x}  efer {:08x}",
+            self.cr0, self.cr2, self.cr3, self.cr4, self.efer
+        )?;
+        for (name, s) in [("cs", &self.cs), ("ss", &self.ss), ("ds", &self.ds), ("tr", &self.tr)] {
+            write!(f, "{name} {:04x} base {:x} limit {:x} dpl {}  ", s.selector, s.base, s.limit, s.dpl)?;
+        }
+        write!(f, "\ngdt {:x}+{:x}  idt {:x}+{:x}", self.gdt.base, self.gdt.limit, self.idt.base, self.idt.limit)
+    }
+}
+
+/// One answer of CPUID.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CpuidLeaf {
+    /// EAX on entry.
+    pub function: u32,
+    /// ECX on entry, if `indexed`.
+    pub index: u32,
+    /// Whether the answer depends on ECX.
+    pub indexed: bool,
+    /// EAX of the answer.
+    pub eax: u32,
+    /// EBX of the answer.
+    pub ebx: u32,
+    /// ECX of the answer.
+    pub ecx: u32,
+    /// EDX of the answer.
+    pub edx: u32,
+}
+
+/// A model-specific register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Msr {
+    /// Number of the register.
+    pub index: u32,
+    /// Value.
+    pub value: u64,
+}
+
+/// Whether a vCPU runs or waits, with an interrupt controller in the hypervisor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MpState {
+    /// Runs.
+    Runnable,
+    /// Waits for INIT (an application processor after reset).
+    Uninitialized,
+    /// Got INIT, waits for SIPI.
+    InitReceived,
+    /// Waits in `hlt` for an interrupt.
+    Halted,
+    /// Got SIPI, starts next.
+    SipiReceived,
+}
