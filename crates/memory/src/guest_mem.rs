@@ -1,0 +1,275 @@
+//! [`GuestMem`]: the one handle to guest memory that every device, loader and vCPU is given.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap, VolatileSlice,
+};
+
+use crate::backing::{self, Mapper};
+use crate::dirty::{DirtyLog, DirtyPages};
+use crate::layout::{self, MAX_PHYS_BITS, RamRange};
+use crate::{Backing, Error, Result};
+
+/// Bytes per bit of the dirty bitmap: the size of a page of KVM's dirty log, so that the two can be merged.
+const DIRTY_PAGE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
+/// One contiguous range of guest RAM. The dirty bitmap is there only when dirty logging was asked for.
+pub type Region = GuestRegionMmap<Option<AtomicBitmap>>;
+/// A consistent set of regions at one moment.
+pub type MemoryMap = GuestMemoryMmap<Option<AtomicBitmap>>;
+/// A view of guest memory: dereferences to [`MemoryMap`]; cheap to take, holds no lock.
+pub type MemoryView = GuestMemoryLoadGuard<MemoryMap>;
+/// Some bytes of guest memory, as a [`MemoryView`] hands them out; what [`crate::io`] reads into and writes from.
+pub type MemorySlice<'a> = VolatileSlice<'a, BS<'a, Option<AtomicBitmap>>>;
+
+/// Guest memory: a cheap, clonable handle over vm-memory.
+///
+/// All clones are the same memory. It is unmapped when the last clone, view and slice is gone.
+#[derive(Debug, Clone)]
+pub struct GuestMem {
+    map: GuestMemoryAtomic<MemoryMap>,
+    regions: Arc<[Arc<Region>]>,
+    backing: Backing,
+}
+
+impl GuestMem {
+    /// `size` bytes of anonymous memory laid out around the 32-bit hole.
+    ///
+    /// # Errors
+    /// As [`GuestMemBuilder::build`].
+    pub fn anonymous(size: u64) -> Result<Self> {
+        GuestMemBuilder::new(size).build()
+    }
+
+    /// The memory as it is now, to read and write through vm-memory's `Bytes`.
+    pub fn view(&self) -> MemoryView {
+        self.map.memory()
+    }
+
+    /// The regions, sorted by guest-physical address; a hypervisor maps each into a slot.
+    pub fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
+    /// Bytes of RAM in all regions.
+    pub fn size(&self) -> u64 {
+        self.regions.iter().map(|r| r.len()).sum()
+    }
+
+    /// What the memory is made of in the host.
+    pub fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    /// The log of pages that the VMM itself wrote to, or `None` when [`GuestMemBuilder::dirty_log`] was not asked for.
+    ///
+    /// The guest's own writes are not in it: a hypervisor keeps a log of those. See [`DirtyPages::merge`].
+    pub fn dirty_log(&self) -> Option<DirtyLog<'_>> {
+        DirtyLog::new(&self.regions)
+    }
+
+    /// The pages written to since the last call, one item per region, and forgets them. `None` without a dirty log.
+    pub fn take_dirty(&self) -> Option<Vec<DirtyPages>> {
+        self.dirty_log().map(DirtyLog::take)
+    }
+}
+
+/// Says what guest memory to make.
+#[derive(Debug, Clone)]
+pub struct GuestMemBuilder {
+    ranges: Vec<RamRange>,
+    backing: Backing,
+    prefault: bool,
+    dirty_log: bool,
+}
+
+impl GuestMemBuilder {
+    /// `size` bytes, laid out by [`layout::ram_ranges`].
+    pub fn new(size: u64) -> Self {
+        Self::with_ranges(layout::ram_ranges(size))
+    }
+
+    /// Exactly these ranges: sorted, page-aligned (for huge pages: aligned to one of them), not overlapping.
+    pub fn with_ranges(ranges: Vec<RamRange>) -> Self {
+        Self { ranges, backing: Backing::default(), prefault: false, dirty_log: false }
+    }
+
+    /// Chooses the host memory behind the guest's.
+    #[must_use]
+    pub fn backing(mut self, backing: Backing) -> Self {
+        self.backing = backing;
+        self
+    }
+
+    /// Touches every page before the guest runs, so that no page fault happens later.
+    #[must_use]
+    pub fn prefault(mut self, prefault: bool) -> Self {
+        self.prefault = prefault;
+        self
+    }
+
+    /// Keeps a dirty bitmap of the VMM's own writes, one bit for 4 KiB.
+    #[must_use]
+    pub fn dirty_log(mut self, on: bool) -> Self {
+        self.dirty_log = on;
+        self
+    }
+
+    /// Maps the memory. Takes no time in proportion to the size, unless it is prefaulted.
+    ///
+    /// # Errors
+    /// - [`Error::Size`]: no memory at all, not whole pages, or more than the 52-bit physical address space.
+    /// - [`Error::Overlap`]: ranges that overlap or are not sorted.
+    /// - [`Error::Map`], [`Error::File`]: the operating system refused.
+    /// - [`Error::HugePages`]: the host's pool of huge pages is too small.
+    /// - [`Error::Prefault`]: the pages could not be made present.
+    pub fn build(self) -> Result<GuestMem> {
+        let size = self.check()?;
+        let mut mapper = Mapper::new(self.backing, size)?;
+        let mut regions = Vec::with_capacity(self.ranges.len());
+        for range in &self.ranges {
+            let bitmap = match usize::try_from(range.len) {
+                Ok(len) if self.dirty_log => Some(AtomicBitmap::new(len, DIRTY_PAGE)),
+                _ => None,
+            };
+            let mapping = mapper.map(*range, bitmap)?;
+            let region = Region::new(mapping, GuestAddress(range.start))
+                .ok_or(Error::Size { size: range.len, reason: "it wraps the address space" })?;
+            if self.prefault {
+                backing::prefault(&region)?;
+            }
+            regions.push(Arc::new(region));
+        }
+        let map = MemoryMap::from_arc_regions(regions.clone())
+            .map_err(|_| Error::Overlap { gpa: self.ranges.first().map_or(0, |r| r.start) })?;
+        Ok(GuestMem { map: GuestMemoryAtomic::new(map), regions: regions.into(), backing: self.backing })
+    }
+
+    /// Checks the ranges and returns the sum of their sizes.
+    fn check(&self) -> Result<u64> {
+        let granularity = self.backing.granularity();
+        let misaligned = match self.backing {
+            Backing::HugePages(_) => "each range must start and end at a multiple of the huge page size",
+            _ => "it must be a multiple of the page size, 4096 bytes",
+        };
+        let mut size = 0u64;
+        let mut end = 0;
+        for range in &self.ranges {
+            let refuse = |reason| Err(Error::Size { size: range.len, reason });
+            if range.len == 0 {
+                return refuse("there must be at least one page");
+            }
+            if !range.start.is_multiple_of(granularity) || !range.len.is_multiple_of(granularity) {
+                // Say the whole amount where `new` split it: that is the number the user gave.
+                let size = self.ranges.iter().fold(0u64, |sum, r| sum.saturating_add(r.len));
+                return Err(Error::Size { size, reason: misaligned });
+            }
+            if range.start < end {
+                return Err(Error::Overlap { gpa: range.start });
+            }
+            end = match range.end() {
+                Some(end) if end <= 1 << MAX_PHYS_BITS => end,
+                _ => return refuse("more than the 52-bit guest-physical address space"),
+            };
+            // Ranges below 2^52 that do not overlap cannot add up to more.
+            size += range.len;
+        }
+        if size == 0 {
+            return Err(Error::Size { size, reason: "there must be at least one page" });
+        }
+        Ok(size)
+    }
+}
+
+impl GuestAddressSpace for GuestMem {
+    type M = MemoryMap;
+    type T = MemoryView;
+
+    fn memory(&self) -> Self::T {
+        self.map.memory()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestMemoryBackend};
+
+    use super::*;
+
+    fn size_error(size: u64) -> String {
+        let error = GuestMemBuilder::new(size).build().unwrap_err();
+        assert!(matches!(error, Error::Size { .. }), "{error:?}");
+        error.to_string()
+    }
+
+    #[test]
+    fn memory_reads_back_what_was_written() {
+        let mem = GuestMem::anonymous(1 << 20).unwrap();
+        mem.view().write_obj(0x1234_5678u32, GuestAddress(0xF_FFFC)).unwrap();
+        assert_eq!(mem.clone().view().read_obj::<u32>(GuestAddress(0xF_FFFC)).unwrap(), 0x1234_5678);
+    }
+
+    #[test]
+    fn memory_ends_where_it_ends() {
+        let mem = GuestMem::anonymous(1 << 20).unwrap();
+        mem.view().write_obj(0u32, GuestAddress(0xF_FFFD)).unwrap_err();
+    }
+
+    #[test]
+    fn memory_of_five_gib_is_around_the_hole() {
+        let mem = GuestMem::anonymous(5 << 30).unwrap();
+        assert_eq!(mem.size(), 5 << 30);
+        assert_eq!(mem.regions().len(), 2);
+        let view = mem.view();
+        view.write_obj(7u8, GuestAddress(layout::HOLE_START - 1)).unwrap();
+        view.write_obj(7u8, GuestAddress(layout::RAM_ABOVE_HOLE)).unwrap();
+        assert!(!view.address_in_range(GuestAddress(layout::HOLE_START)));
+    }
+
+    #[test]
+    fn no_memory_at_all_is_refused() {
+        assert_eq!(size_error(0), "guest memory of 0 bytes: there must be at least one page");
+        let error = GuestMemBuilder::with_ranges(Vec::new()).build().unwrap_err();
+        assert!(matches!(error, Error::Size { size: 0, .. }), "{error:?}");
+    }
+
+    #[test]
+    fn part_of_a_page_is_refused_and_the_whole_size_named() {
+        assert!(size_error(5000).contains("5000 bytes"));
+        let size = layout::HOLE_START + 1;
+        assert!(size_error(size).contains(&size.to_string()));
+    }
+
+    #[test]
+    fn more_than_the_address_space_is_refused() {
+        assert!(size_error(1 << 53).contains("address space"));
+        assert!(size_error(!0xFFF).contains("address space"));
+    }
+
+    #[test]
+    fn more_than_the_process_can_map_is_an_error_of_the_system() {
+        let error = GuestMem::anonymous(1 << 51).unwrap_err();
+        assert!(matches!(error, Error::Map { backing: "anonymous", .. }), "{error:?}");
+    }
+
+    #[test]
+    fn ranges_that_overlap_or_are_out_of_order_are_refused() {
+        let a = RamRange { start: 0x1000, len: 0x2000 };
+        for b in [RamRange { start: 0x2000, len: 0x1000 }, RamRange { start: 0, len: 0x1000 }] {
+            let error = GuestMemBuilder::with_ranges(vec![a, b]).build().unwrap_err();
+            assert!(matches!(error, Error::Overlap { gpa } if gpa == b.start), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn adjacent_ranges_read_as_one() {
+        let ranges = vec![RamRange { start: 0, len: 0x1000 }, RamRange { start: 0x1000, len: 0x1000 }];
+        let mem = GuestMemBuilder::with_ranges(ranges).build().unwrap();
+        mem.view().write_slice(&[1, 2, 3, 4], GuestAddress(0xFFE)).unwrap();
+        assert_eq!(mem.view().read_obj::<[u8; 4]>(GuestAddress(0xFFE)).unwrap(), [1, 2, 3, 4]);
+    }
+}

@@ -1,0 +1,19 @@
+#![doc = include_str!("../README.md")]
+
+mod backing;
+mod dirty;
+mod error;
+mod guest_mem;
+pub mod io;
+pub mod layout;
+pub mod paging;
+
+pub use backing::{Backing, HugePageSize};
+pub use dirty::{DirtyLog, DirtyPages};
+pub use error::{Error, Result};
+pub use guest_mem::{GuestMem, GuestMemBuilder, MemoryMap, MemorySlice, MemoryView, Region};
+// vm-memory's vocabulary is part of our API on purpose: a device written for it works here.
+pub use vm_memory::{
+    self, Address, AtomicAccess, ByteValued, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend,
+    GuestMemoryRegion, GuestUsize, MemoryRegionAddress, VolatileMemory, VolatileSlice,
+};
