@@ -8,7 +8,9 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::work::{Pollable, Registration, Source, Spawn, Turn};
@@ -63,21 +65,24 @@ impl MutEventSubscriber for Subscriber {
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let result = match self {
-            Self::Wake(inbox) => ops.add(Events::new(&inbox.wake, EventSet::IN)),
+        match self {
+            Self::Wake(inbox) => watch(ops, Events::new(&inbox.wake, EventSet::IN)),
             Self::Work { work, sources, ready } => {
-                let added = sources.iter().try_for_each(|source| {
+                // Each by itself: one that cannot be watched must not deafen the others.
+                for source in sources.iter() {
                     let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-                    ops.add(Events::new_raw(source.as_raw_fd(), events))
-                });
+                    watch(ops, Events::new_raw(source.as_raw_fd(), events));
+                }
                 Self::turn(work, ready);
-                added
             }
-        };
-        if let Err(error) = result {
-            // Regular files cannot be watched and are always ready: such work lives on `Progress::More`.
-            tracing::debug!(?error, "a source cannot be watched");
         }
+    }
+}
+
+fn watch(ops: &mut EventOps<'_>, events: Events) {
+    if let Err(error) = ops.add(events) {
+        // Regular files cannot be watched and are always ready: such work lives on `Progress::More`.
+        tracing::debug!(?error, "a source cannot be watched");
     }
 }
 
@@ -149,7 +154,8 @@ impl EventLoop {
                     self.ids.insert(id, self.manager.add_subscriber(subscriber));
                 }
                 Command::Remove(id) => {
-                    if let Some(Err(error)) = self.ids.remove(&id).map(|s| self.manager.remove_subscriber(s)) {
+                    if let Some(Err(error)) = self.ids.remove(&id).map(|s| self.manager.remove_subscriber(s))
+                    {
                         tracing::warn!(?error, "cannot take work off the event loop");
                     }
                 }
@@ -314,6 +320,20 @@ mod tests {
             event_loop.run_once(0).unwrap();
         }
         assert_eq!(turns.load(Ordering::Relaxed), 3);
+    }
+
+    #[test]
+    fn a_source_that_cannot_be_watched_does_not_keep_the_others_from_being_watched() {
+        let mut event_loop = EventLoop::new().unwrap();
+        let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let file: Source = Arc::new(File::open("/proc/self/exe").unwrap());
+        let turns = Arc::new(AtomicUsize::new(0));
+        let work = Counter { sources: vec![file, kick.clone()], turns: turns.clone(), more: 0 };
+        let _task = spawn(&event_loop.handle(), work).unwrap();
+        event_loop.run_once(0).unwrap();
+        kick.write(1).unwrap();
+        event_loop.run_once(1000).unwrap();
+        assert_eq!(turns.load(Ordering::Relaxed), 2);
     }
 
     #[test]

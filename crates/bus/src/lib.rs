@@ -17,7 +17,7 @@ pub use doorbell::{DoorbellGuard, Doorbells, IoAddr};
 pub use error::{Error, Result};
 pub use event_loop::{EventLoop, LoopHandle};
 pub use irq::{Irq, IrqChip, IrqTarget};
-pub use plug::{Description, Device, GuestEvent, Notifier, Plug, Resource, Wiring};
+pub use plug::{Description, Device, FixedHardware, GuestEvent, Notifier, Plug, Resource, Wiring};
 pub use space::{Bus, BusView};
 pub use work::{ManualSpawner, Pollable, Progress, Registration, Source, Spawn, Task, Turn, Work, spawn};
 // The eventfd of vmm-sys-util is the currency of kicks and interrupts.

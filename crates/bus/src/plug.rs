@@ -82,6 +82,35 @@ pub struct Description {
     pub resources: Vec<Resource>,
 }
 
+/// Hardware that firmware announces in fixed tables, not as a device (ACPI 6.5, section 5.2.9, FADT).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FixedHardware {
+    /// The sleep control and status registers of a hardware-reduced platform.
+    Sleep {
+        /// I/O port of the control register.
+        control: u16,
+        /// I/O port of the status register.
+        status: u16,
+        /// `SLP_TYP` of soft-off.
+        s5_type: u8,
+    },
+    /// The reset register.
+    Reset {
+        /// I/O port.
+        port: u16,
+        /// Value that resets.
+        value: u8,
+    },
+    /// An i8042 keyboard controller.
+    Keyboard8042,
+    /// A CMOS real-time clock at ports 0x70 and 0x71.
+    CmosRtc {
+        /// CMOS register of the century; 0: none.
+        century: u8,
+    },
+}
+
 /// What a machine gives to a device that is being plugged in.
 pub trait Wiring {
     /// Guest memory, for devices that read and write it.
@@ -122,6 +151,11 @@ pub trait Wiring {
 
     /// Announces the device to the guest.
     fn describe(&mut self, description: Description);
+
+    /// Announces hardware that has its place in the firmware's fixed tables. A machine without such tables ignores it.
+    fn fixed_hardware(&mut self, hardware: FixedHardware) {
+        let _ = hardware;
+    }
 }
 
 /// A device that can be plugged into a machine.

@@ -39,6 +39,22 @@ pub enum Error {
         /// The limit.
         reason: &'static str,
     },
+    /// Something of which there can be only one with this number is there already.
+    #[error("{what} {value} is already in use")]
+    InUse {
+        /// What it is: `memory slot`.
+        what: &'static str,
+        /// Its number.
+        value: u64,
+    },
+    /// A model-specific register does not exist, or does not take the value.
+    #[error("MSR {index:#x} cannot be {access}")]
+    Msr {
+        /// Number of the register.
+        index: u32,
+        /// What was tried: `read`, or `written`.
+        access: &'static str,
+    },
 }
 
 /// Result of this crate.

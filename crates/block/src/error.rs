@@ -1,0 +1,56 @@
+//! The error type of this crate.
+
+use std::io;
+use std::path::PathBuf;
+
+/// What can go wrong when a disk image is opened.
+///
+/// Errors of reads and writes are plain [`io::Error`]s: they go to the guest as a failed request.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file could not be opened or examined.
+    #[error("disk {path:?}: cannot {op}")]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What was being done.
+        op: &'static str,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The path names something that is neither a regular file nor a block device.
+    #[error("disk {path:?} is {what}")]
+    Kind {
+        /// The image.
+        path: PathBuf,
+        /// What it is instead, with its article.
+        what: &'static str,
+    },
+    /// Reading is allowed, writing is not.
+    #[error("disk {path:?} cannot be opened for writing: {reason}; add ,ro to attach it read-only")]
+    NotWritable {
+        /// The image.
+        path: PathBuf,
+        /// The operating system's reason.
+        reason: io::ErrorKind,
+    },
+    /// Another process, or another disk of this one, uses the image in a way that excludes this use.
+    #[error("disk {path:?} is locked by another process")]
+    Locked {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The image has not even one sector.
+    #[error("disk {path:?} has {size} bytes: the smallest disk is one sector of 512 bytes")]
+    TooSmall {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+    },
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;

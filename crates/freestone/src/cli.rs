@@ -1,0 +1,131 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::builder::styling::{AnsiColor, Styles};
+use clap::{Args, Parser, Subcommand};
+
+use crate::disk::DiskSpec;
+use crate::size;
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().bold())
+    .usage(AnsiColor::Green.on_default().bold())
+    .literal(AnsiColor::Cyan.on_default().bold())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+/// The reference virtual machine monitor made of the Freestone crates.
+#[derive(Debug, Parser)]
+#[command(name = "freestone", version, styles = STYLES, max_term_width = 100, propagate_version = true)]
+#[command(
+    after_help = "Start with `freestone run`: it boots a small built-in guest. `freestone doctor` tells whether this \
+                        host can run virtual machines, and how to mend it if not."
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+
+    /// What to log on standard error: error, warn, info, debug, trace, or a filter such as `freestone_virtio=debug`.
+    #[arg(long, global = true, value_name = "FILTER", default_value = "warn", env = "FREESTONE_LOG")]
+    pub(crate) log: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a virtual machine with its console on this terminal.
+    Run(Box<Run>),
+    /// Tell what this host can do for virtual machines, and how to mend what it cannot.
+    Doctor(Doctor),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  freestone run
+      Boot the built-in guest: it checks CPU, memory and devices and powers off.
+  freestone run --kernel bzImage --initrd initrd.img --memory 1G --cpus 2
+      Boot a Linux kernel to its initramfs.
+  freestone run --kernel vmlinux --disk root.img --disk data.img,ro --cmdline 'console=ttyS0 root=/dev/vda rw'
+      Boot from a disk; the second disk cannot be written.
+
+On a terminal, Ctrl-A x stops the machine and Ctrl-A h lists the other keys.
+
+Exit status:
+  0  the guest powered off            3  the guest reset (reboot)
+  1  something failed on the host     4  the guest's kernel panicked
+  2  wrong usage                      5  the guest crashed (triple fault, bad instruction)
+                                    130  stopped by Ctrl-A x or a signal")]
+pub(crate) struct Run {
+    /// Kernel to boot: an uncompressed ELF (vmlinux), a bzImage, or a PVH ELF. Without it, the built-in guest.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(crate) initrd: Option<PathBuf>,
+
+    /// Kernel command line [default with --kernel: "console=ttyS0 panic=-1", and root=/dev/vda if there is a disk but no
+    /// initrd].
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) cmdline: Option<String>,
+
+    /// How to enter the kernel.
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Protocol::Auto, requires = "kernel")]
+    pub(crate) protocol: Protocol,
+
+    /// Number of virtual CPUs, 1 to 254.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=254))]
+    pub(crate) cpus: u32,
+
+    /// Guest memory: 512M, 4G, 1.5GiB; a bare number is MiB.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size::parse_memory)]
+    pub(crate) memory: u64,
+
+    /// What guest memory is made of in the host.
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = MemoryBacking::Anonymous)]
+    pub(crate) memory_backing: MemoryBacking,
+
+    /// Touch all guest memory before the guest starts, so that it never waits for a page.
+    #[arg(long)]
+    pub(crate) prefault: bool,
+
+    /// Attach a raw disk image; `,ro` makes it read-only. May be repeated: the first is /dev/vda, then vdb, and so on.
+    #[arg(long = "disk", value_name = "PATH[,ro]", value_parser = clap::value_parser!(DiskSpec))]
+    pub(crate) disks: Vec<DiskSpec>,
+
+    /// Print how often each vCPU left the guest, and why, when the machine ends.
+    #[arg(long)]
+    pub(crate) stats: bool,
+}
+
+/// How to enter a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Protocol {
+    /// PVH if the image has a PVH note, the 64-bit Linux protocol otherwise.
+    Auto,
+    /// PVH, in 32-bit protected mode.
+    Pvh,
+    /// The 64-bit Linux boot protocol.
+    Linux,
+}
+
+/// Host memory behind the guest's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum MemoryBacking {
+    /// Private anonymous memory.
+    Anonymous,
+    /// A memfd that other processes can share.
+    Memfd,
+    /// Huge pages of 2 MiB (the host must have set them aside: vm.nr_hugepages).
+    Huge2m,
+    /// Huge pages of 1 GiB.
+    Huge1g,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Exit status: 0 if this host can run virtual machines, 1 if it cannot.")]
+pub(crate) struct Doctor {
+    /// Print the findings as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,66 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod cli;
+mod console;
+mod demo;
+mod disk;
+mod doctor;
+mod failure;
+mod probe;
+mod run;
+mod signals;
+mod size;
+mod stats;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{Cli, Command};
+use crate::failure::Failure;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let outcome = log_to_stderr(&cli.log).and_then(|()| match &cli.command {
+        Command::Run(args) => run::run(args),
+        Command::Doctor(args) => doctor::doctor(args),
+    });
+    outcome.unwrap_or_else(|failure| {
+        eprintln!("freestone: {failure}");
+        failure.exit_code()
+    })
+}
+
+fn log_to_stderr(filter: &str) -> Result<(), Failure> {
+    let filter = EnvFilter::try_new(filter)
+        .map_err(|e| Failure::usage(format!("--log {filter:?} is not a log filter: {e}")))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    Ok(())
+}
+
+/// Help goes to standard output in full; an error is one line, with the value in it.
+fn usage(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            print!("{}", error.render().ansi());
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            eprint!("{}", error.render());
+            ExitCode::from(failure::USAGE)
+        }
+        _ => {
+            let text = error.render().to_string();
+            let line = text.lines().next().unwrap_or_default();
+            eprintln!("freestone: {}; see --help", line.trim_start_matches("error: "));
+            ExitCode::from(failure::USAGE)
+        }
+    }
+}

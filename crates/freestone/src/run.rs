@@ -1,0 +1,156 @@
+//! `freestone run`: from the command line to a machine, and from its end to an exit status.
+
+use std::borrow::Cow;
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use freestone_kvm::Kvm;
+use freestone_vmm::block::{Image, RawImage, RawOptions};
+use freestone_vmm::devices::{I8042Plug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug};
+use freestone_vmm::loader;
+use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
+use freestone_vmm::virtio::{VirtioMmioPlug, blk};
+use freestone_vmm::{ExitReason, FileSource, MachineBuilder, Payload};
+
+use crate::cli::{MemoryBacking, Protocol, Run};
+use crate::console::Console;
+use crate::demo;
+use crate::disk::DiskSpec;
+use crate::failure::{FAILURE, Failure};
+use crate::signals::StopOnSignal;
+use crate::{size, stats};
+
+/// Runs a machine until it ends.
+pub(crate) fn run(args: &Run) -> Result<ExitCode, Failure> {
+    let kvm = Kvm::open()?;
+    let payload = payload(args)?;
+    let (console, serial) = Console::new()?;
+    let mut builder = MachineBuilder::new(&kvm)
+        .cpus(args.cpus)
+        .memory(memory(args)?)
+        .stats(args.stats)
+        .device(serial)
+        .device(PowerPlug::new())
+        .device(I8042Plug::new())
+        .device(RtcPlug::new())
+        .device(PvPanicPlug::new())
+        .device(ProgressPlug::new());
+    for (name, image) in images(args)? {
+        let read_only = image.read_only();
+        let config = blk::BlockConfig::new().read_only(read_only).serial(disk_id(args, &name));
+        builder = builder.device(VirtioMmioPlug::new(blk::Block::new(image, config), name));
+    }
+    let mut machine = builder.payload(payload).build()?;
+
+    let terminal = console.attach(machine.handle())?;
+    let signals = StopOnSignal::install(machine.handle())
+        .map_err(|e| Failure::new(format!("cannot catch signals: {e}")))?;
+    let _signals = machine.drive(signals)?;
+    let reason = machine.run();
+    drop(terminal);
+    let reason = reason?;
+    if args.stats {
+        stats::print(&machine.stats());
+    }
+    Ok(report(&reason))
+}
+
+/// Says how the machine ended, where that is not what the user waits for, and gives the exit status.
+fn report(reason: &ExitReason) -> ExitCode {
+    let status = match reason {
+        ExitReason::PowerOff | ExitReason::Halted => 0,
+        ExitReason::Reset => 3,
+        ExitReason::Panicked => 4,
+        ExitReason::Crashed(_) => 5,
+        ExitReason::Stopped => 130,
+        _ => FAILURE,
+    };
+    match reason {
+        ExitReason::PowerOff => {}
+        ExitReason::Crashed(crash) => eprintln!("freestone: {reason}\n{crash}"),
+        _ => eprintln!("freestone: {reason}"),
+    }
+    ExitCode::from(status)
+}
+
+fn memory(args: &Run) -> Result<GuestMem, Failure> {
+    let info = rustix::system::sysinfo();
+    let host = info.totalram.saturating_mul(info.mem_unit.into());
+    if args.memory > host {
+        return Err(Failure::new(format!(
+            "--memory {} is more than this host has ({})",
+            size::display(args.memory),
+            size::display(host)
+        )));
+    }
+    let backing = match args.memory_backing {
+        MemoryBacking::Anonymous => Backing::Anonymous,
+        MemoryBacking::Memfd => Backing::Memfd,
+        MemoryBacking::Huge2m => Backing::HugePages(HugePageSize::Size2M),
+        MemoryBacking::Huge1g => Backing::HugePages(HugePageSize::Size1G),
+    };
+    Ok(GuestMemBuilder::new(args.memory).backing(backing).prefault(args.prefault).build()?)
+}
+
+fn payload(args: &Run) -> Result<Payload, Failure> {
+    let Some(kernel) = &args.kernel else {
+        return Ok(Payload::Image {
+            bytes: Cow::Borrowed(freestone_guest::DEMO),
+            cmdline: args.cmdline.clone().unwrap_or_default(),
+        });
+    };
+    let protocol = match args.protocol {
+        Protocol::Auto => loader::Protocol::Auto,
+        Protocol::Pvh => loader::Protocol::Pvh,
+        Protocol::Linux => loader::Protocol::Linux64,
+    };
+    Ok(Payload::Kernel {
+        kernel: open("kernel", kernel)?,
+        initrd: args.initrd.as_deref().map(|path| open("initrd", path)).transpose()?,
+        cmdline: args.cmdline.clone().unwrap_or_else(|| default_cmdline(args)),
+        protocol,
+    })
+}
+
+fn default_cmdline(args: &Run) -> String {
+    let mut line = String::from("console=ttyS0 panic=-1");
+    if args.initrd.is_none()
+        && let Some(disk) = args.disks.first()
+    {
+        line.push_str(if disk.read_only { " root=/dev/vda ro" } else { " root=/dev/vda rw" });
+    }
+    line
+}
+
+fn open(what: &str, path: &Path) -> Result<FileSource, Failure> {
+    let failed = |reason: &dyn std::fmt::Display| {
+        Failure::new(format!("cannot open {what} {:?}: {reason}", path.display().to_string()))
+    };
+    if fs::metadata(path).map_err(|e| failed(&e))?.is_dir() {
+        return Err(failed(&"it is a directory"));
+    }
+    FileSource::open(path).map_err(|e| failed(&e))
+}
+
+/// The disks and their names as Linux gives them. The built-in guest has a disk of its own in front.
+fn images(args: &Run) -> Result<Vec<(String, Arc<dyn Image>)>, Failure> {
+    let mut images: Vec<Arc<dyn Image>> = Vec::new();
+    if args.kernel.is_none() {
+        images.push(Arc::new(demo::disk()?));
+    }
+    for DiskSpec { path, read_only } in &args.disks {
+        images.push(Arc::new(RawImage::open(path, RawOptions::new().read_only(*read_only))?));
+    }
+    Ok(('a'..='z').map(|letter| format!("vd{letter}")).zip(images).collect())
+}
+
+/// What the guest reads as the disk's id: its name, or the mark of the built-in guest's own disk.
+fn disk_id(args: &Run, name: &str) -> String {
+    if args.kernel.is_none() && name == "vda" {
+        freestone_guest::DEMO_DISK_ID.to_owned()
+    } else {
+        name.to_owned()
+    }
+}

@@ -1,0 +1,157 @@
+//! `/dev/kvm` itself: is it there, what can it do, and a VM from it.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use freestone_hypervisor::x86::CpuidLeaf;
+use freestone_hypervisor::{Error, Hypervisor, Result};
+use kvm_bindings::{KVM_API_VERSION, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES};
+
+use crate::error::{call, create_vm_failed, open_failed};
+use crate::probe::CAPABILITIES;
+use crate::vm::KvmVm;
+
+/// Where the device of KVM is.
+pub const DEFAULT_DEVICE: &str = "/dev/kvm";
+
+/// The KVM of this host. Cheap to clone; all clones share one file descriptor.
+///
+/// [`AsFd`] gives the descriptor for calls that this crate has not.
+#[derive(Debug, Clone)]
+pub struct Kvm(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    fd: kvm_ioctls::Kvm,
+    /// Asking the kernel takes a fair part of the time in which a small VM starts.
+    cpuid: OnceLock<Vec<CpuidLeaf>>,
+}
+
+impl Kvm {
+    /// Opens [`DEFAULT_DEVICE`].
+    ///
+    /// # Errors
+    /// As [`open_path`](Self::open_path).
+    pub fn open() -> Result<Self> {
+        Self::open_path(DEFAULT_DEVICE)
+    }
+
+    /// Opens the KVM device at `path` and checks that it has all that Freestone needs.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] says what is missing, and what to do about it.
+    pub fn open_path(path: impl AsRef<Path>) -> Result<Self> {
+        let fd = open_device(path.as_ref())?;
+        for capability in CAPABILITIES.iter().filter(|c| c.required) {
+            if fd.check_extension_raw(capability.number.into()) <= 0 {
+                return Err(Error::Unavailable {
+                    what: format!("this KVM lacks {} ({})", capability.name, capability.purpose),
+                    hint: "run a newer kernel, or one that was built with it",
+                    source: None,
+                });
+            }
+        }
+        Ok(Self(Arc::new(Inner { fd, cpuid: OnceLock::new() })))
+    }
+}
+
+/// Opens the device and makes sure that it speaks the KVM API.
+pub(crate) fn open_device(path: &Path) -> Result<kvm_ioctls::Kvm> {
+    let c_path = CString::new(path.as_os_str().as_bytes()).map_err(|_| open_failed(path, libc::EINVAL))?;
+    let fd =
+        kvm_ioctls::Kvm::open_with_cloexec_at(&c_path, true).map_err(|e| open_failed(path, e.errno()))?;
+    // SAFETY: the descriptor was opened just now, and nobody else has it.
+    let fd = unsafe { kvm_ioctls::Kvm::from_raw_fd(fd) };
+    match fd.get_api_version() {
+        version if u32::try_from(version) == Ok(KVM_API_VERSION) => Ok(fd),
+        version if version < 0 => Err(Error::Unavailable {
+            what: format!("{} is not a KVM device", path.display()),
+            hint: "it must be the character device 10:232 that the kernel's KVM modules make",
+            source: Some(std::io::Error::last_os_error()),
+        }),
+        version => Err(Error::Unavailable {
+            what: format!("{} has version {version} of the KVM API, not {KVM_API_VERSION}", path.display()),
+            hint: "run Linux 2.6.22 or newer",
+            source: None,
+        }),
+    }
+}
+
+impl Hypervisor for Kvm {
+    type Vm = KvmVm;
+
+    fn name(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn create_vm(&self) -> Result<KvmVm> {
+        loop {
+            match self.0.fd.create_vm() {
+                Ok(fd) => return KvmVm::new(fd),
+                // A signal may come while the kernel waits for its other processors.
+                Err(error) if error.errno() == libc::EINTR => {}
+                Err(error) => return Err(create_vm_failed(error)),
+            }
+        }
+    }
+
+    fn max_vcpus(&self) -> u32 {
+        u32::try_from(self.0.fd.get_max_vcpus()).unwrap_or(u32::MAX)
+    }
+
+    fn supported_cpuid(&self) -> Result<Vec<CpuidLeaf>> {
+        if let Some(leaves) = self.0.cpuid.get() {
+            return Ok(leaves.clone());
+        }
+        let cpuid =
+            self.0.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        let leaves = cpuid.as_slice().iter().map(|entry| CpuidLeaf {
+            function: entry.function,
+            index: entry.index,
+            indexed: entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
+            eax: entry.eax,
+            ebx: entry.ebx,
+            ecx: entry.ecx,
+            edx: entry.edx,
+        });
+        Ok(self.0.cpuid.get_or_init(|| leaves.collect()).clone())
+    }
+}
+
+impl AsFd for Kvm {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open for as long as `self` is.
+        unsafe { BorrowedFd::borrow_raw(self.0.fd.as_raw_fd()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(path: &str) -> String {
+        match Kvm::open_path(path) {
+            Err(error @ Error::Unavailable { .. }) => error.to_string(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn device_that_is_not_there_is_named_with_advice() {
+        let text = refusal("/nonexistent/kvm");
+        assert!(text.starts_with("/nonexistent/kvm does not exist; load KVM"), "{text}");
+    }
+
+    #[test]
+    fn other_device_is_told_from_kvm() {
+        assert!(refusal("/dev/null").starts_with("/dev/null is not a KVM device; "));
+    }
+
+    #[test]
+    fn path_that_is_none_is_refused() {
+        assert!(refusal("/dev/kvm\0").contains("cannot be opened"));
+    }
+}

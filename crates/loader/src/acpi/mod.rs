@@ -1,0 +1,166 @@
+//! ACPI tables for a hardware-reduced platform (ACPI 6.5): RSDP, XSDT, FADT, MADT and DSDT.
+//!
+//! Data in, tables out. This module knows no device: the caller says which devices there are, by name, hardware ID and
+//! resources, and they appear under `\_SB`. There is no SCI, no PM1 block and no FACS: power-off goes through the sleep
+//! control register, reboot through the reset register.
+
+mod dsdt;
+mod tables;
+
+use freestone_memory::layout::{self, ACPI_TABLES, ACPI_TABLES_END};
+use freestone_memory::{Bytes, GuestAddress, GuestMem};
+
+use crate::{Error, Result};
+
+/// Most processors that local APIC entries of the MADT can describe: APIC ID 255 means all.
+pub const MAX_CPUS: u32 = 255;
+
+/// When a device's interrupt line is active.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trigger {
+    /// Rising edge.
+    Edge,
+    /// High level.
+    Level,
+}
+
+/// What a device occupies, for its `_CRS` (ACPI 6.5, 6.4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resource {
+    /// Registers in memory.
+    Mmio {
+        /// Guest-physical address.
+        base: u64,
+        /// Length in bytes, not 0.
+        len: u64,
+    },
+    /// I/O ports.
+    Io {
+        /// First port.
+        base: u16,
+        /// Number of ports, not 0.
+        len: u16,
+    },
+    /// An interrupt.
+    Irq {
+        /// Global system interrupt number.
+        gsi: u32,
+        /// Trigger mode. The polarity is always active high.
+        trigger: Trigger,
+        /// Whether other devices use the same interrupt.
+        shared: bool,
+    },
+}
+
+/// A device of the namespace, `\_SB.NAME`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AmlDevice {
+    /// Name segment: four characters of A to Z, 0 to 9 and `_`, the first not a digit. Names must differ.
+    pub name: String,
+    /// Hardware ID: an EISA ID such as `PNP0501` or an ACPI ID such as `LNRO0005`.
+    pub hid: String,
+    /// `_UID`: tells devices with the same hardware ID apart.
+    pub uid: Option<u32>,
+    /// Compatible ID.
+    pub cid: Option<String>,
+    /// Current resources; with none there is no `_CRS`.
+    pub resources: Vec<Resource>,
+}
+
+impl AmlDevice {
+    /// A device with nothing but a name and a hardware ID.
+    pub fn new(name: impl Into<String>, hid: impl Into<String>) -> Self {
+        Self { name: name.into(), hid: hid.into(), uid: None, cid: None, resources: Vec::new() }
+    }
+
+    /// Sets the `_UID`.
+    #[must_use]
+    pub fn uid(mut self, uid: u32) -> Self {
+        self.uid = Some(uid);
+        self
+    }
+
+    /// Adds a resource.
+    #[must_use]
+    pub fn resource(mut self, resource: Resource) -> Self {
+        self.resources.push(resource);
+        self
+    }
+}
+
+/// The registers for power-off and reset (ACPI 6.5, 4.8.3.6 and 4.8.3.7). All are 8 bits wide, in I/O space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Power {
+    /// Port of SLEEP_CONTROL_REG. To power off, the guest writes `s5_type << 2 | 0x20` to it. 0: the guest is told of no
+    /// way to power off.
+    pub sleep_control: u16,
+    /// Port of SLEEP_STATUS_REG. Bit 7, WAK_STS, is cleared by writing 1 to it.
+    pub sleep_status: u16,
+    /// SLP_TYP of S5: 0 to 7.
+    pub s5_type: u8,
+    /// Port of RESET_REG and the value that resets, if there is one.
+    pub reset: Option<(u16, u8)>,
+}
+
+/// What the tables describe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AcpiConfig {
+    /// Number of processors, 1 to [`MAX_CPUS`]; their APIC IDs and processor UIDs are 0, 1, 2 and so on.
+    pub cpus: u32,
+    /// Guest-physical address of the I/O APIC, below 4 GiB. Its first interrupt is GSI 0.
+    pub ioapic: u64,
+    /// Guest-physical address of the local APICs, below 4 GiB.
+    pub lapic: u64,
+    /// Devices under `\_SB`.
+    pub devices: Vec<AmlDevice>,
+    /// Power-off and reset.
+    pub power: Power,
+    /// Whether a guest should look for an i8042 keyboard controller.
+    pub has_i8042: bool,
+    /// Whether there is a CMOS real-time clock at ports 0x70 and 0x71.
+    pub has_cmos: bool,
+    /// CMOS register of the century, when the clock has one.
+    pub cmos_century: Option<u8>,
+}
+
+impl Default for AcpiConfig {
+    /// One processor, the APICs at their usual addresses, nothing else.
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            ioapic: layout::IOAPIC_ADDR,
+            lapic: layout::LAPIC_ADDR,
+            devices: Vec::new(),
+            power: Power::default(),
+            has_i8042: false,
+            has_cmos: false,
+            cmos_century: None,
+        }
+    }
+}
+
+/// Builds the tables and writes them at [`ACPI_TABLES`], in one write. Answers the address of the RSDP.
+///
+/// # Errors
+/// [`Error::Acpi`] for what the tables cannot describe, [`Error::BootDataTooLarge`] when they do not fit below
+/// [`ACPI_TABLES_END`], [`Error::Write`] when there is no RAM there.
+pub fn write_acpi(mem: &GuestMem, config: &AcpiConfig) -> Result<u64> {
+    let blob = tables::build(config, ACPI_TABLES)?;
+    let max = usize::try_from(ACPI_TABLES_END - ACPI_TABLES).unwrap_or(usize::MAX);
+    let len = blob.len();
+    if len > max {
+        return Err(Error::BootDataTooLarge { what: "ACPI tables", len, max });
+    }
+    mem.view().write_slice(&blob, GuestAddress(ACPI_TABLES)).map_err(|source| Error::Write {
+        what: "ACPI tables",
+        gpa: ACPI_TABLES,
+        len,
+        source,
+    })?;
+    Ok(ACPI_TABLES)
+}
+
+/// The error for something that cannot be described.
+fn refuse(what: &'static str, value: impl ToString, problem: &'static str) -> Error {
+    Error::Acpi { what, value: value.to_string(), problem }
+}

@@ -1,0 +1,418 @@
+//! Checks that every virtio device behind virtio-mmio must pass, whatever it is: negotiation, configuration space, queue limits,
+//! reset, pause and resume, hostile chains.
+//!
+//! What a device does with a good request is for its own tests. Each check makes a fresh device, so they can run alone:
+//! [`virtio_mmio`] runs all of them, and the macro [`virtio_mmio_conformance!`](crate::virtio_mmio_conformance) makes a test
+//! of each.
+
+use std::sync::Arc;
+
+use freestone_bus::{Device, IoDevice, Plug};
+use freestone_memory::GuestMem;
+use freestone_memory::layout::HOLE_START;
+
+use crate::driver::{Arena, DriverQueue, MmioDriver, features, regs, status};
+use crate::hostile::{Hostile, Source};
+use crate::{Error, Result, TestWiring};
+
+/// Memory of the machine under test.
+const MEMORY: u64 = 4 << 20;
+/// Descriptors of the queues under test, if the device allows that many.
+const QUEUE_SIZE: u16 = 16;
+/// Turns in which a device must be through with a queue of nonsense.
+const MAX_TURNS: usize = 1000;
+
+/// A device that is plugged in, with a driver for it.
+#[derive(Debug)]
+pub struct Bench {
+    /// The machine.
+    pub wiring: TestWiring,
+    /// The device.
+    pub device: Box<dyn Device>,
+    /// Its driver.
+    pub driver: MmioDriver,
+    /// Memory for queues and buffers.
+    pub arena: Arena,
+}
+
+impl Bench {
+    /// Plugs a device into a fresh machine; it must claim one range of guest-physical addresses.
+    ///
+    /// # Errors
+    /// [`Error::Plug`] if it refuses, [`Error::Protocol`] if it claims no addresses.
+    pub fn new(device: Box<dyn Plug>) -> Result<Self> {
+        let memory = GuestMem::anonymous(MEMORY).map_err(|e| Error::Plug(freestone_bus::Error::Io {
+            op: "make guest memory for the test",
+            source: std::io::Error::other(e),
+        }))?;
+        let mut wiring = TestWiring::new(memory);
+        let device = device.plug(&mut wiring).map_err(Error::Plug)?;
+        let registers = wiring.mmio_device(0);
+        let registers = registers.ok_or_else(|| Error::protocol("registers", "4.2.2", "no MMIO range was claimed"))?;
+        Ok(Self { wiring, device, driver: MmioDriver::new(registers), arena: Arena::new(0x1_0000, MEMORY) })
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> GuestMem {
+        freestone_bus::Wiring::memory(&self.wiring)
+    }
+
+    /// Negotiates those of `wanted` that the device has, makes all its queues live and lets it work.
+    ///
+    /// # Errors
+    /// Whatever the device does not do.
+    pub fn start(&mut self, wanted: u64) -> Result<Vec<DriverQueue>> {
+        self.driver.negotiate(wanted)?;
+        let memory = self.memory();
+        let count = self.driver.queue_count()?;
+        let queues = (0..count)
+            .map(|i| self.driver.setup_queue(&memory, &mut self.arena, i, QUEUE_SIZE))
+            .collect::<Result<Vec<_>>>()?;
+        self.driver.driver_ok()?;
+        Ok(queues)
+    }
+
+    /// The device's features without those of formats that the driver side here does not speak.
+    ///
+    /// # Errors
+    /// [`Error::Register`].
+    pub fn all_features(&self) -> Result<u64> {
+        Ok(self.driver.device_features()? & !features::RING_PACKED)
+    }
+
+    /// Lets the device work until it has nothing to do.
+    ///
+    /// # Errors
+    /// [`Error::Protocol`] if that does not come about.
+    pub fn settle(&self) -> Result<()> {
+        if self.wiring.run_work(MAX_TURNS) >= MAX_TURNS {
+            return Err(Error::protocol("bounded work", "2.7", format!("still busy after {MAX_TURNS} turns")));
+        }
+        Ok(())
+    }
+
+    /// Resets the device, and sees that it can be started again.
+    ///
+    /// # Errors
+    /// Whatever the device does not do.
+    pub fn recovers(&mut self) -> Result<()> {
+        self.driver.reset()?;
+        self.arena = Arena::new(0x1_0000, MEMORY);
+        self.start(u64::MAX & !features::RING_PACKED)?;
+        self.settle()
+    }
+}
+
+fn ensure(holds: bool, what: &'static str, section: &'static str, detail: impl FnOnce() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::protocol(what, section, detail())) }
+}
+
+/// The device is found: magic value, version, ID, a status of 0, `VIRTIO_F_VERSION_1`.
+///
+/// # Errors
+/// [`Error::Protocol`].
+pub fn is_found(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
+    let bench = Bench::new(make())?;
+    bench.driver.probe()?;
+    let now = bench.driver.status()?;
+    ensure(now == 0, "status before the driver", "2.1", || format!("{now:#x}"))?;
+    let bits = bench.driver.device_features()?;
+    ensure(bits & features::VERSION_1 != 0, "VIRTIO_F_VERSION_1", "6.2", || format!("features are {bits:#x}"))?;
+    ensure(bench.driver.queue_count()? > 0, "queues", "2.7", || "the device has none".to_owned())
+}
+
+/// The device agrees to all its features, to as few as possible, and not to one that it does not have.
+///
+/// # Errors
+/// [`Error::Protocol`].
+pub fn negotiates_features(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
+    let mut bench = Bench::new(make())?;
+    let all = bench.all_features()?;
+    for wanted in [all, 0] {
+        bench.driver.negotiate(wanted)?;
+    }
+    for selector in [2, 3, u32::MAX] {
+        bench.driver.write(regs::DEVICE_FEATURES_SEL, selector)?;
+        let bits = bench.driver.read(regs::DEVICE_FEATURES)?;
+        ensure(bits == 0, "features beyond 64", "2.2", || format!("selector {selector:#x} gives {bits:#x}"))?;
+    }
+    let offered = bench.driver.device_features()?;
+    for bit in (0..64).map(|n| 1u64 << n).filter(|bit| offered & bit == 0) {
+        bench.driver.reset()?;
+        bench.driver.add_status(status::ACKNOWLEDGE | status::DRIVER)?;
+        bench.driver.set_driver_features(features::VERSION_1 | bit)?;
+        bench.driver.add_status(status::FEATURES_OK)?;
+        let now = bench.driver.status()?;
+        ensure(now & status::FEATURES_OK == 0, "unknown feature", "2.2.2", || {
+            format!("FEATURES_OK stays with {bit:#x}, which is not offered")
+        })?;
+    }
+    bench.recovers()
+}
+
+/// Reads and writes of the configuration space at any offset and width do no harm.
+///
+/// # Errors
+/// [`Error::Protocol`].
+pub fn survives_config_accesses(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
+    let mut bench = Bench::new(make())?;
+    bench.start(u64::MAX & !features::RING_PACKED)?;
+    storm(bench.driver.device(), regs::CONFIG, 0x1100);
+    bench.settle()?;
+    bench.recovers()
+}
+
+/// Reads and writes of the registers at any offset and width, in any order, do no harm.
+///
+/// # Errors
+/// [`Error::Protocol`].
+pub fn survives_register_accesses(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
+    let mut bench = Bench::new(make())?;
+    storm(bench.driver.device(), 0, regs::CONFIG);
+    bench.settle()?;
+    bench.recovers()?;
+    // Words with arbitrary values, in an order that the specification does not foresee.
+    let mut source = Source::seed(11);
+    for _ in 0..4000 {
+        let offset = source.below(0x40) * 4;
+        let value = if source.below(2) == 0 { source.next_u32() } else { source.next_u32() & 0xff };
+        // Refusing is as good as taking.
+        let _refused = bench.driver.write(offset, value).and_then(|()| bench.driver.read(offset));
+    }
+    bench.settle()?;
+    bench.recovers()
+}
+
+/// Accesses of all widths over `from..to`, and a few far out.
+fn storm(device: &Arc<dyn IoDevice>, from: u64, to: u64) {
+    let far = [u64::MAX, u64::MAX - 3, u64::from(u32::MAX), 0x1000, 0xfff];
+    for offset in (from..to).chain(far) {
+        for width in [0usize, 1, 2, 3, 4, 5, 7, 8, 16] {
+            let mut data = vec![0xff; width];
+            // Refusing is as good as taking.
+            let _refused = (device.read(offset, &mut data), device.write(offset, &data));
+        }
+    }
+}
+
+/// Queue sizes are within the specification; queues that do not exist, or of a size that is not allowed, never become live in
+/// a working device.
+///
+/// # Errors
+/// [`Error::Protocol`].
+pub fn keeps_queue_limits(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
+    let mut bench = Bench::new(make())?;
+    let count = bench.driver.queue_count()?;
+    for index in 0..count {
+        let max = bench.driver.queue_max(index)?;
+        let good = max.is_power_of_two() && max <= 0x8000;
+        ensure(good, "queue size", "2.7", || format!("queue {index} may have {max} descriptors"))?;
+    }
+    for index in [count, count + 1, u16::MAX] {
+        let max = bench.driver.queue_max(index)?;
+        ensure(max == 0, "missing queue", "4.2.2", || format!("queue {index} has {max} descriptors"))?;
+        // No queue is selected: these must go nowhere.
+        for register in [regs::QUEUE_NUM, regs::QUEUE_READY, regs::QUEUE_DESC_LOW] {
+            let _refused = bench.driver.write(register, 1);
+        }
+        bench.driver.kick(index)?;
+    }
+    let max = bench.driver.queue_max(0)?;
+    for size in [0, 3, max * 2, max + 1, 0x1_0000, u32::MAX] {
+        bench.driver.negotiate(0)?;
+        let mut arena = bench.arena.clone();
+        let queue = DriverQueue::new(&bench.memory(), &mut arena, QUEUE_SIZE)?;
+        bench.driver.enable_queue(0, &queue).and_then(|()| {
+            bench.driver.write(regs::QUEUE_READY, 0)?;
+            bench.driver.write(regs::QUEUE_NUM, size)?;
+            bench.driver.write(regs::QUEUE_READY, 1)
+        })?;
+        let _status = bench.driver.add_status(status::DRIVER_OK);
+        bench.driver.kick(0)?;
+        bench.settle()?;
+    }
+    bench.recovers()
+}
+
+/// Queues in no memory, unaligned, wrapping or over one another do no harm.
+///
+/// # Errors
+/// [`Error::Protocol`].
+pub fn survives_bad_queue_addresses(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
+    let mut bench = Bench::new(make())?;
+    let bad = [0, 1, 0xfff, MEMORY - 1, MEMORY, HOLE_START, u64::from(u32::MAX), u64::MAX, u64::MAX - 0xfff];
+    for register in [regs::QUEUE_DESC_LOW, regs::QUEUE_DRIVER_LOW, regs::QUEUE_DEVICE_LOW] {
+        for gpa in bad {
+            bench.arena = Arena::new(0x1_0000, MEMORY);
+            bench.driver.negotiate(0)?;
+            let queue = DriverQueue::new(&bench.memory(), &mut bench.arena, QUEUE_SIZE)?;
+            bench.driver.enable_queue(0, &queue)?;
+            bench.driver.write(regs::QUEUE_READY, 0)?;
+            let [a, b, c, d, e, f, g, h] = gpa.to_le_bytes();
+            bench.driver.write(register, u32::from_le_bytes([a, b, c, d]))?;
+            bench.driver.write(register + 4, u32::from_le_bytes([e, f, g, h]))?;
+            bench.driver.write(regs::QUEUE_READY, 1)?;
+            // The device may refuse here, or say later that it needs a reset.
+            let _status = bench.driver.add_status(status::DRIVER_OK);
+            bench.driver.kick(0)?;
+            bench.settle()?;
+        }
+    }
+    bench.recovers()
+}
+
+/// A reset ends everything, at any time: status, queues and interrupt are gone, and the device can be started again.
+///
+/// # Errors
+/// [`Error::Protocol`].
+pub fn resets(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
+    let mut bench = Bench::new(make())?;
+    // Before anything was set up.
+    bench.driver.reset()?;
+    bench.driver.negotiate(0)?;
+    bench.driver.reset()?;
+    for _ in 0..3 {
+        let queues = bench.start(u64::MAX & !features::RING_PACKED)?;
+        for index in 0..queues.len() {
+            bench.driver.kick(u16::try_from(index).unwrap_or(0))?;
+        }
+        bench.driver.reset()?;
+        let why = bench.driver.read(regs::INTERRUPT_STATUS)?;
+        ensure(why == 0, "interrupt status after reset", "4.2.2.1", || format!("{why:#x}"))?;
+        for index in 0..queues.len() {
+            bench.driver.write(regs::QUEUE_SEL, u32::try_from(index).unwrap_or(0))?;
+            let ready = bench.driver.read(regs::QUEUE_READY)?;
+            ensure(ready == 0, "queue after reset", "4.2.2.1", || format!("queue {index} is still live"))?;
+            // A kick of a queue that is not live.
+            bench.driver.kick(u16::try_from(index).unwrap_or(0))?;
+        }
+        bench.settle()?;
+    }
+    bench.recovers()
+}
+
+/// Pause and resume leave the device as the driver knows it; kicks in between do no harm.
+///
+/// # Errors
+/// [`Error::Lifecycle`] or [`Error::Protocol`].
+pub fn pauses_and_resumes(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
+    let mut bench = Bench::new(make())?;
+    // A device that no driver has touched.
+    lifecycle(&mut bench, "pause", |d| d.pause())?;
+    lifecycle(&mut bench, "resume", |d| d.resume())?;
+    let queues = bench.start(u64::MAX & !features::RING_PACKED)?;
+    let before = bench.driver.status()?;
+    for _ in 0..2 {
+        lifecycle(&mut bench, "pause", |d| d.pause())?;
+        bench.driver.kick(0)?;
+        bench.settle()?;
+        lifecycle(&mut bench, "resume", |d| d.resume())?;
+        bench.settle()?;
+        let now = bench.driver.status()?;
+        ensure(now == before, "status after resume", "2.1", || format!("{now:#x} and not {before:#x}"))?;
+        for index in 0..queues.len() {
+            bench.driver.write(regs::QUEUE_SEL, u32::try_from(index).unwrap_or(0))?;
+            let ready = bench.driver.read(regs::QUEUE_READY)?;
+            ensure(ready == 1, "queue after resume", "2.7", || format!("queue {index} is not live any more"))?;
+        }
+    }
+    // Reset while paused.
+    lifecycle(&mut bench, "pause", |d| d.pause())?;
+    bench.driver.reset()?;
+    lifecycle(&mut bench, "resume", |d| d.resume())?;
+    bench.recovers()?;
+    lifecycle(&mut bench, "shutdown", |d| d.shutdown())
+}
+
+fn lifecycle(
+    bench: &mut Bench,
+    op: &'static str,
+    act: impl FnOnce(&mut dyn Device) -> freestone_bus::Result<()>,
+) -> Result<()> {
+    let outcome = act(&mut *bench.device);
+    outcome.map_err(|source| Error::Lifecycle { device: bench.device.name().to_owned(), op, source })
+}
+
+/// Every case of [`Hostile`] on every queue: the device comes to rest, and works again after a reset.
+///
+/// # Errors
+/// [`Error::Protocol`].
+pub fn survives_hostile_chains(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
+    let mut bench = Bench::new(make())?;
+    let count = bench.driver.queue_count()?;
+    let all = bench.all_features()?;
+    for wanted in [all, 0] {
+        for (seed, case) in (0..).zip(Hostile::ALL) {
+            for index in 0..count {
+                bench.arena = Arena::new(0x1_0000, MEMORY);
+                let mut queues = bench.start(wanted)?;
+                if let Some(queue) = queues.get_mut(usize::from(index)) {
+                    case.apply(queue, &mut bench.arena, &mut Source::seed(seed))?;
+                }
+                bench.driver.kick(index)?;
+                bench.settle()?;
+                bench.driver.take_interrupt()?;
+            }
+        }
+    }
+    bench.recovers()
+}
+
+/// One check: its name, and what runs it.
+pub type Check = (&'static str, fn(&dyn Fn() -> Box<dyn Plug>) -> Result<()>);
+
+/// All checks.
+pub const CHECKS: &[Check] = &[
+    ("is_found", is_found),
+    ("negotiates_features", negotiates_features),
+    ("survives_config_accesses", survives_config_accesses),
+    ("survives_register_accesses", survives_register_accesses),
+    ("keeps_queue_limits", keeps_queue_limits),
+    ("survives_bad_queue_addresses", survives_bad_queue_addresses),
+    ("resets", resets),
+    ("pauses_and_resumes", pauses_and_resumes),
+    ("survives_hostile_chains", survives_hostile_chains),
+];
+
+/// Runs all [`CHECKS`] on devices that `make` makes.
+///
+/// # Errors
+/// That of the first check that fails.
+pub fn virtio_mmio(make: impl Fn() -> Box<dyn Plug>) -> Result<()> {
+    CHECKS.iter().try_for_each(|(_, check)| check(&make))
+}
+
+/// Makes a test of each of the [`conformance`](crate::conformance) checks, in a module of the given name.
+///
+/// ```
+/// # use freestone_bus::{Device, Plug, Wiring};
+/// # struct MyDevice;
+/// # impl Plug for MyDevice {
+/// #     fn plug(self: Box<Self>, _: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> { unimplemented!() }
+/// # }
+/// freestone_testkit::virtio_mmio_conformance!(my_device, || Box::new(super::MyDevice));
+/// # fn main() {}
+/// ```
+#[macro_export]
+macro_rules! virtio_mmio_conformance {
+    ($name:ident, $make:expr) => {
+        $crate::virtio_mmio_conformance!(
+            @tests $name, $make,
+            is_found negotiates_features survives_config_accesses survives_register_accesses keeps_queue_limits
+            survives_bad_queue_addresses resets pauses_and_resumes survives_hostile_chains
+        );
+    };
+    (@tests $name:ident, $make:expr, $($check:ident)*) => {
+        #[cfg(test)]
+        mod $name {
+            $(
+                #[test]
+                fn $check() {
+                    if let Err(error) = $crate::conformance::$check(&$make) {
+                        panic!("{error} ({error:?})");
+                    }
+                }
+            )*
+        }
+    };
+}

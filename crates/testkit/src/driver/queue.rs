@@ -1,0 +1,561 @@
+//! A split virtqueue from the driver's side (virtio 1.2, section 2.7).
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+
+use freestone_memory::{AtomicAccess, Bytes, GuestAddress, GuestMem};
+
+use crate::{Error, Result};
+
+/// Bits of a descriptor's flags (2.7.5).
+pub mod desc_flags {
+    /// The chain goes on at `next`.
+    pub const NEXT: u16 = 1;
+    /// The device writes into the buffer; otherwise it reads.
+    pub const WRITE: u16 = 2;
+    /// The buffer is a table of descriptors.
+    pub const INDIRECT: u16 = 4;
+}
+
+/// Avail ring flag: the driver wants no interrupts.
+const NO_INTERRUPT: u16 = 1;
+/// Used ring flag: the device wants no kicks.
+const NO_NOTIFY: u16 = 1;
+const DESC_SIZE: u64 = 16;
+
+/// Hands out guest memory for queues and buffers, and never takes it back.
+#[derive(Debug, Clone)]
+pub struct Arena {
+    next: u64,
+    end: u64,
+}
+
+impl Arena {
+    /// Memory from `start` to before `end`.
+    pub const fn new(start: u64, end: u64) -> Self {
+        Self { next: start, end }
+    }
+
+    /// `len` bytes aligned to `align`.
+    ///
+    /// # Errors
+    /// [`Error::Full`].
+    pub fn alloc(&mut self, len: u64, align: u64) -> Result<u64> {
+        let full = Error::Full { what: "guest memory", wanted: len, left: self.end.saturating_sub(self.next) };
+        let start = self.next.checked_next_multiple_of(align.max(1));
+        match start.and_then(|s| Some((s, s.checked_add(len)?))) {
+            Some((start, end)) if end <= self.end => {
+                self.next = end;
+                Ok(start)
+            }
+            _ => Err(full),
+        }
+    }
+}
+
+/// A buffer to be put into a chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Buffer {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub len: u32,
+    /// The device writes into it.
+    pub writable: bool,
+}
+
+impl Buffer {
+    /// A buffer that the device reads.
+    pub const fn readable(gpa: u64, len: u32) -> Self {
+        Self { gpa, len, writable: false }
+    }
+
+    /// A buffer that the device writes.
+    pub const fn writable(gpa: u64, len: u32) -> Self {
+        Self { gpa, len, writable: true }
+    }
+}
+
+/// A descriptor as it is in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Desc {
+    /// Guest-physical address of the buffer.
+    pub addr: u64,
+    /// Length in bytes.
+    pub len: u32,
+    /// [`desc_flags`].
+    pub flags: u16,
+    /// Next descriptor, if flagged.
+    pub next: u16,
+}
+
+impl Desc {
+    /// As it is in memory.
+    pub fn to_bytes(self) -> [u8; 16] {
+        let value = u128::from(self.addr)
+            | u128::from(self.len) << 64
+            | u128::from(self.flags) << 96
+            | u128::from(self.next) << 112;
+        value.to_le_bytes()
+    }
+
+    /// From memory.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        let [a, b, c, d, e, f, g, h, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
+        Self {
+            addr: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+            len: u32::from_le_bytes([l0, l1, l2, l3]),
+            flags: u16::from_le_bytes([f0, f1]),
+            next: u16::from_le_bytes([n0, n1]),
+        }
+    }
+}
+
+/// A chain that the device has used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Used {
+    /// First descriptor of the chain, as [`DriverQueue::add_chain`] returned it.
+    pub head: u16,
+    /// Bytes the device says it wrote.
+    pub len: u32,
+}
+
+/// A split virtqueue in guest memory, used as a driver would.
+#[derive(Debug)]
+pub struct DriverQueue {
+    mem: GuestMem,
+    size: u16,
+    desc: u64,
+    avail: u64,
+    used: u64,
+    event_idx: bool,
+    free: Vec<u16>,
+    in_flight: BTreeMap<u16, Vec<u16>>,
+    /// Avail index as the driver counts it, and as far as the device has been told.
+    next_avail: u16,
+    published: u16,
+    last_used: u16,
+}
+
+impl DriverQueue {
+    /// Lays a queue of `size` descriptors out in memory of `arena` and zeroes it.
+    ///
+    /// `size` is a power of two up to 32768 (2.7) unless the test means to break that.
+    ///
+    /// # Errors
+    /// [`Error::Full`] if the arena is too small, [`Error::Memory`] if it is not RAM.
+    pub fn new(mem: &GuestMem, arena: &mut Arena, size: u16) -> Result<Self> {
+        let n = u64::from(size);
+        // Both rings end with the event index of EVENT_IDX.
+        let (desc_len, avail_len, used_len) = (DESC_SIZE * n, 6 + 2 * n, 6 + 8 * n);
+        let desc = arena.alloc(desc_len, 16)?;
+        let avail = arena.alloc(avail_len, 2)?;
+        let used = arena.alloc(used_len, 4)?;
+        let queue = Self {
+            mem: mem.clone(),
+            size,
+            desc,
+            avail,
+            used,
+            event_idx: false,
+            free: (0..size).rev().collect(),
+            in_flight: BTreeMap::new(),
+            next_avail: 0,
+            published: 0,
+            last_used: 0,
+        };
+        for (gpa, len) in [(desc, desc_len), (avail, avail_len), (used, used_len)] {
+            queue.write(gpa, &vec![0; usize::try_from(len).unwrap_or(0)])?;
+        }
+        Ok(queue)
+    }
+
+    /// Uses event indices, as VIRTIO_F_EVENT_IDX allows when it was negotiated.
+    #[must_use]
+    pub fn with_event_idx(mut self, on: bool) -> Self {
+        self.event_idx = on;
+        self
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Guest-physical address of the descriptor table.
+    pub fn desc_addr(&self) -> u64 {
+        self.desc
+    }
+
+    /// Guest-physical address of the avail ring.
+    pub fn avail_addr(&self) -> u64 {
+        self.avail
+    }
+
+    /// Guest-physical address of the used ring.
+    pub fn used_addr(&self) -> u64 {
+        self.used
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMem {
+        &self.mem
+    }
+
+    /// Chains that the device has and has not used.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Adds a chain of direct descriptors; returns its head. The device sees it after [`publish`](Self::publish).
+    ///
+    /// # Errors
+    /// [`Error::Full`] if there are too few free descriptors or `buffers` is empty.
+    pub fn add_chain(&mut self, buffers: &[Buffer]) -> Result<u16> {
+        let at = match self.free.len().checked_sub(buffers.len()) {
+            Some(at) if !buffers.is_empty() => at,
+            _ => {
+                let (wanted, left) = (buffers.len() as u64, self.free.len() as u64);
+                return Err(Error::Full { what: "descriptors", wanted, left });
+            }
+        };
+        let mut taken = self.free.split_off(at);
+        taken.reverse();
+        for (i, (&index, buffer)) in taken.iter().zip(buffers).enumerate() {
+            self.set_desc(index, descriptor(buffer, taken.get(i + 1).copied()))?;
+        }
+        self.offer(taken)
+    }
+
+    /// Adds a chain by one indirect descriptor (2.7.5.3), with its table in memory of `arena`; returns its head.
+    ///
+    /// # Errors
+    /// [`Error::Full`] if no descriptor or no memory is free, [`Error::Memory`].
+    pub fn add_indirect(&mut self, arena: &mut Arena, buffers: &[Buffer]) -> Result<u16> {
+        let bytes = DESC_SIZE * buffers.len() as u64;
+        let table = arena.alloc(bytes, 16)?;
+        for ((i, buffer), next) in (0u64..).zip(buffers).zip(1u16..) {
+            let more = usize::from(next) < buffers.len();
+            let desc = descriptor(buffer, more.then_some(next));
+            self.write(table + i * DESC_SIZE, &desc.to_bytes())?;
+        }
+        let index = self.free.pop().ok_or(Error::Full { what: "descriptors", wanted: 1, left: 0 })?;
+        let len = u32::try_from(bytes).unwrap_or(u32::MAX);
+        self.set_desc(index, Desc { addr: table, len, flags: desc_flags::INDIRECT, next: 0 })?;
+        self.offer(vec![index])
+    }
+
+    /// Puts `head` into the avail ring whatever it is: for chains written by hand. Not freed when used.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn offer_raw(&mut self, head: u16) -> Result<()> {
+        let slot = self.next_avail % self.size.max(1);
+        self.set_avail_ring(slot, head)?;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(())
+    }
+
+    fn offer(&mut self, descriptors: Vec<u16>) -> Result<u16> {
+        let head = descriptors.first().copied().unwrap_or_default();
+        self.offer_raw(head)?;
+        self.in_flight.insert(head, descriptors);
+        Ok(head)
+    }
+
+    /// Makes all chains added so far visible to the device. Returns whether the device wants a kick for them (2.7.13).
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn publish(&mut self) -> Result<bool> {
+        let old = self.published;
+        self.store(self.avail + 2, self.next_avail)?;
+        self.published = self.next_avail;
+        // The device must see the index before we look whether it wants to be told.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let added = self.published.wrapping_sub(old);
+        if !self.event_idx {
+            return Ok(added > 0 && self.used_flags()? & NO_NOTIFY == 0);
+        }
+        let event = self.avail_event()?;
+        Ok(self.published.wrapping_sub(event).wrapping_sub(1) < added)
+    }
+
+    /// The next chain that the device has used, if there is one; its descriptors are free again.
+    ///
+    /// # Errors
+    /// [`Error::Protocol`] if the device reports a chain that it does not have, [`Error::Memory`].
+    pub fn used(&mut self) -> Result<Option<Used>> {
+        if self.last_used == self.used_idx()? {
+            return Ok(None);
+        }
+        let (id, len) = self.used_ring(self.last_used % self.size.max(1))?;
+        let chain = u16::try_from(id).ok().and_then(|head| Some((head, self.in_flight.remove(&head)?)));
+        let Some((head, descriptors)) = chain else {
+            let detail = format!("used element {} names chain {id}, which is not in flight", self.last_used);
+            return Err(Error::protocol("used ring", "2.7.8", detail));
+        };
+        self.free.extend(descriptors.into_iter().rev());
+        self.last_used = self.last_used.wrapping_add(1);
+        Ok(Some(Used { head, len }))
+    }
+
+    /// Asks for an interrupt once the device has used `ahead` more chains than the driver has seen; 0: the very next.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn want_interrupt(&self, ahead: u16) -> Result<()> {
+        if self.event_idx {
+            self.set_used_event(self.last_used.wrapping_add(ahead))
+        } else {
+            self.set_avail_flags(0)
+        }
+    }
+
+    /// Asks for no interrupts, as far as the driver can.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn suppress_interrupts(&self) -> Result<()> {
+        if self.event_idx {
+            // As far away as possible.
+            self.set_used_event(self.last_used.wrapping_sub(1))
+        } else {
+            self.set_avail_flags(NO_INTERRUPT)
+        }
+    }
+
+    // Every field, for tests that know what they break.
+
+    /// Writes a descriptor; any index.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn set_desc(&self, index: u16, desc: Desc) -> Result<()> {
+        self.write(self.desc + u64::from(index) * DESC_SIZE, &desc.to_bytes())
+    }
+
+    /// Reads a descriptor.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn desc(&self, index: u16) -> Result<Desc> {
+        let gpa = self.desc + u64::from(index) * DESC_SIZE;
+        let mut bytes = [0; 16];
+        self.mem.view().read_slice(&mut bytes, GuestAddress(gpa)).map_err(|source| Error::Memory {
+            gpa,
+            len: bytes.len(),
+            source,
+        })?;
+        Ok(Desc::from_bytes(bytes))
+    }
+
+    /// Writes an element of the avail ring.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn set_avail_ring(&self, slot: u16, head: u16) -> Result<()> {
+        self.store(self.avail + 4 + 2 * u64::from(slot), head)
+    }
+
+    /// Writes the avail index, and counts from there.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn set_avail_idx(&mut self, idx: u16) -> Result<()> {
+        (self.next_avail, self.published) = (idx, idx);
+        self.store(self.avail + 2, idx)
+    }
+
+    /// The avail index as the device sees it.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn avail_idx(&self) -> Result<u16> {
+        self.load(self.avail + 2)
+    }
+
+    /// Writes the avail ring's flags.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn set_avail_flags(&self, flags: u16) -> Result<()> {
+        self.store(self.avail, flags)
+    }
+
+    /// Writes `used_event`, behind the avail ring.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn set_used_event(&self, idx: u16) -> Result<()> {
+        self.store(self.avail + 4 + 2 * u64::from(self.size), idx)
+    }
+
+    /// Reads `avail_event`, behind the used ring.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn avail_event(&self) -> Result<u16> {
+        self.load(self.used + 4 + 8 * u64::from(self.size))
+    }
+
+    /// The used ring's flags.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn used_flags(&self) -> Result<u16> {
+        self.load(self.used)
+    }
+
+    /// The used index.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn used_idx(&self) -> Result<u16> {
+        self.load(self.used + 2)
+    }
+
+    /// Chain and length of an element of the used ring.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn used_ring(&self, slot: u16) -> Result<(u32, u32)> {
+        let at = self.used + 4 + 8 * u64::from(slot);
+        Ok((self.load(at)?, self.load(at + 4)?))
+    }
+
+    fn write(&self, gpa: u64, data: &[u8]) -> Result<()> {
+        let written = self.mem.view().write_slice(data, GuestAddress(gpa));
+        written.map_err(|source| Error::Memory { gpa, len: data.len(), source })
+    }
+
+    fn load<T: AtomicAccess>(&self, gpa: u64) -> Result<T> {
+        let loaded = self.mem.view().load(GuestAddress(gpa), Ordering::Acquire);
+        loaded.map_err(|source| Error::Memory { gpa, len: size_of::<T>(), source })
+    }
+
+    fn store<T: AtomicAccess>(&self, gpa: u64, value: T) -> Result<()> {
+        let stored = self.mem.view().store(value, GuestAddress(gpa), Ordering::Release);
+        stored.map_err(|source| Error::Memory { gpa, len: size_of::<T>(), source })
+    }
+}
+
+fn descriptor(buffer: &Buffer, next: Option<u16>) -> Desc {
+    let write = if buffer.writable { desc_flags::WRITE } else { 0 };
+    let more = if next.is_some() { desc_flags::NEXT } else { 0 };
+    Desc { addr: buffer.gpa, len: buffer.len, flags: write | more, next: next.unwrap_or(0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue(size: u16) -> (DriverQueue, Arena) {
+        let mem = GuestMem::anonymous(1 << 20).unwrap();
+        let mut arena = Arena::new(0x1000, 0x10_0000);
+        (DriverQueue::new(&mem, &mut arena, size).unwrap(), arena)
+    }
+
+    /// Uses a chain as a device would.
+    fn use_chain(queue: &DriverQueue, head: u32, len: u32) {
+        let idx = queue.used_idx().unwrap();
+        let at = queue.used_addr() + 4 + 8 * u64::from(idx % queue.size());
+        queue.store(at, head).unwrap();
+        queue.store(at + 4, len).unwrap();
+        queue.store(queue.used_addr() + 2, idx.wrapping_add(1)).unwrap();
+    }
+
+    #[test]
+    fn the_three_parts_are_aligned_and_do_not_overlap() {
+        for size in [1, 2, 128, 1024] {
+            let (q, _) = queue(size);
+            let n = u64::from(size);
+            assert!(q.desc_addr().is_multiple_of(16) && q.avail_addr().is_multiple_of(2));
+            assert!(q.used_addr().is_multiple_of(4));
+            assert!(q.desc_addr() + 16 * n <= q.avail_addr());
+            assert!(q.avail_addr() + 6 + 2 * n <= q.used_addr());
+        }
+    }
+
+    #[test]
+    fn a_chain_links_its_descriptors_in_order() {
+        let (mut q, _) = queue(8);
+        let head = q.add_chain(&[Buffer::readable(0x100, 16), Buffer::writable(0x200, 1)]).unwrap();
+        let first = q.desc(head).unwrap();
+        assert_eq!((first.addr, first.len, first.flags), (0x100, 16, desc_flags::NEXT));
+        let second = q.desc(first.next).unwrap();
+        assert_eq!((second.addr, second.len, second.flags), (0x200, 1, desc_flags::WRITE));
+        assert_eq!(q.avail_idx().unwrap(), 0, "not published yet");
+        assert!(q.publish().unwrap());
+        assert_eq!(q.avail_idx().unwrap(), 1);
+    }
+
+    #[test]
+    fn an_indirect_chain_takes_one_descriptor_of_the_queue() {
+        let (mut q, mut arena) = queue(2);
+        let buffers = [Buffer::readable(0x100, 16), Buffer::readable(0x110, 16), Buffer::writable(0x200, 1)];
+        let head = q.add_indirect(&mut arena, &buffers).unwrap();
+        let desc = q.desc(head).unwrap();
+        assert_eq!((desc.len, desc.flags), (48, desc_flags::INDIRECT));
+        let mut bytes = [0; 16];
+        q.memory().view().read_slice(&mut bytes, GuestAddress(desc.addr + 32)).unwrap();
+        assert_eq!(Desc::from_bytes(bytes), Desc { addr: 0x200, len: 1, flags: desc_flags::WRITE, next: 0 });
+        q.add_chain(&buffers[..1]).unwrap();
+        assert!(matches!(q.add_chain(&buffers[..1]), Err(Error::Full { left: 0, .. })));
+    }
+
+    #[test]
+    fn descriptors_are_free_again_when_their_chain_is_used() {
+        let (mut q, _) = queue(2);
+        for round in 0..5 {
+            let head = q.add_chain(&[Buffer::readable(0, 1), Buffer::writable(1, 1)]).unwrap();
+            q.publish().unwrap();
+            assert_eq!(q.used().unwrap(), None);
+            use_chain(&q, head.into(), round);
+            assert_eq!(q.used().unwrap(), Some(Used { head, len: round }));
+        }
+    }
+
+    #[test]
+    fn a_used_element_that_names_no_chain_is_an_error() {
+        let (mut q, _) = queue(2);
+        for id in [0, 1, 2, 0x1_0000] {
+            use_chain(&q, id, 0);
+            assert!(matches!(q.used(), Err(Error::Protocol { .. })));
+        }
+    }
+
+    #[test]
+    fn a_kick_is_wanted_as_the_device_says() {
+        let (mut q, _) = queue(8);
+        q.add_chain(&[Buffer::readable(0, 1)]).unwrap();
+        q.store(q.used_addr(), NO_NOTIFY).unwrap();
+        assert!(!q.publish().unwrap());
+        let mut q = q.with_event_idx(true);
+        // Event index 2: the device wants to hear of the chain with index 2, which is the third.
+        q.store(q.used_addr() + 4 + 8 * 8, 2u16).unwrap();
+        q.add_chain(&[Buffer::readable(0, 1)]).unwrap();
+        assert!(!q.publish().unwrap());
+        q.add_chain(&[Buffer::readable(0, 1)]).unwrap();
+        assert!(q.publish().unwrap());
+        q.add_chain(&[Buffer::readable(0, 1)]).unwrap();
+        assert!(!q.publish().unwrap());
+    }
+
+    #[test]
+    fn descriptors_have_the_layout_of_the_specification() {
+        let desc = Desc { addr: 0x0102_0304_0506_0708, len: 0x1112_1314, flags: 0x2122, next: 0x3132 };
+        let bytes = desc.to_bytes();
+        assert_eq!(bytes, [8, 7, 6, 5, 4, 3, 2, 1, 0x14, 0x13, 0x12, 0x11, 0x22, 0x21, 0x32, 0x31]);
+        assert_eq!(Desc::from_bytes(bytes), desc);
+    }
+
+    #[test]
+    fn an_arena_aligns_and_ends() {
+        let mut arena = Arena::new(0x1001, 0x2000);
+        assert_eq!(arena.alloc(1, 0x100).unwrap(), 0x1100);
+        assert!(matches!(arena.alloc(0x1000, 1), Err(Error::Full { .. })));
+        assert!(arena.alloc(u64::MAX, 16).is_err());
+        assert_eq!(arena.alloc(0xeff, 1).unwrap(), 0x1101);
+    }
+}

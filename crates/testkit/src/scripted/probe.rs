@@ -1,0 +1,195 @@
+//! What a test sees of a scripted VM, from outside and afterwards.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use freestone_hypervisor::MapFlags;
+use freestone_hypervisor::x86::{CpuidLeaf, MpState, Regs, SpecialRegs};
+use freestone_memory::MemoryMap;
+
+use super::doorbells::Bells;
+use super::memory::Slots;
+use crate::log::Edges;
+
+/// What a scripted vCPU did or saw.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Record {
+    /// A load from an I/O port gave this.
+    PioRead {
+        /// I/O port.
+        port: u16,
+        /// Bytes.
+        data: Vec<u8>,
+    },
+    /// A load from device memory gave this.
+    MmioRead {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        data: Vec<u8>,
+    },
+    /// A load from RAM gave this.
+    MemRead {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        data: Vec<u8>,
+    },
+    /// A hypercall returned this.
+    Hypercall {
+        /// Number.
+        number: u64,
+        /// Return value.
+        ret: u64,
+    },
+    /// A write rang a doorbell and caused no exit.
+    Doorbell,
+    /// An edge was taken.
+    Irq {
+        /// Global system interrupt.
+        gsi: u32,
+    },
+    /// A kick interrupted the guest.
+    Kicked,
+    /// A load did not give what the script expected.
+    Mismatch(String),
+}
+
+/// Registers of a scripted vCPU, as they were last set.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct CpuSnapshot {
+    /// General registers.
+    pub regs: Regs,
+    /// Special registers.
+    pub special: SpecialRegs,
+    /// CPUID leaves.
+    pub cpuid: Vec<CpuidLeaf>,
+    /// Model-specific registers that were set.
+    pub msrs: BTreeMap<u32, u64>,
+    /// Runs or waits.
+    pub mp_state: MpState,
+    /// Local APIC.
+    pub lapic: [u8; 1024],
+}
+
+impl Default for CpuSnapshot {
+    fn default() -> Self {
+        Self {
+            regs: Regs { rip: 0xfff0, rflags: 2, ..Regs::default() },
+            // APIC at its usual address, enabled, boot processor.
+            special: SpecialRegs { cr0: 0x6000_0010, apic_base: 0xfee0_0900, ..SpecialRegs::default() },
+            cpuid: Vec::new(),
+            msrs: BTreeMap::new(),
+            mp_state: MpState::Runnable,
+            lapic: [0; 1024],
+        }
+    }
+}
+
+/// A mapped memory slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Slot {
+    /// Number.
+    pub slot: u32,
+    /// First guest-physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// How it is mapped.
+    pub flags: MapFlags,
+}
+
+/// State that a VM, its vCPUs and its probes share.
+#[derive(Default)]
+pub(crate) struct Shared {
+    pub(crate) slots: Slots,
+    pub(crate) bells: Arc<Bells>,
+    pub(crate) edges: Arc<Edges>,
+    pub(crate) cpus: Mutex<BTreeMap<u32, Cpu>>,
+    /// Calls of the VM in their order.
+    pub(crate) calls: Mutex<Vec<String>>,
+}
+
+/// One vCPU's part of it.
+#[derive(Default)]
+pub(crate) struct Cpu {
+    pub(crate) state: CpuSnapshot,
+    pub(crate) records: Vec<Record>,
+}
+
+impl Shared {
+    pub(crate) fn call(&self, what: String) {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner).push(what);
+    }
+
+    pub(crate) fn cpus(&self) -> MutexGuard<'_, BTreeMap<u32, Cpu>> {
+        self.cpus.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn with_cpu<R>(&self, index: u32, f: impl FnOnce(&mut Cpu) -> R) -> R {
+        f(self.cpus().entry(index).or_default())
+    }
+}
+
+/// Looks into a scripted VM while it runs and after it is gone.
+#[derive(Clone)]
+pub struct Probe(pub(crate) Arc<Shared>);
+
+impl Probe {
+    /// Registers of vCPU `index` as they were last set; `None` if there is none.
+    pub fn cpu(&self, index: u32) -> Option<CpuSnapshot> {
+        self.0.cpus().get(&index).map(|c| c.state.clone())
+    }
+
+    /// What vCPU `index` did and saw.
+    pub fn records(&self, index: u32) -> Vec<Record> {
+        self.0.cpus().get(&index).map_or_else(Vec::new, |c| c.records.clone())
+    }
+
+    /// What any vCPU read and did not expect. Each of them made `run` fail as well.
+    pub fn mismatches(&self) -> Vec<String> {
+        let cpus = self.0.cpus();
+        let records = cpus.values().flat_map(|c| &c.records);
+        records.filter_map(|r| if let Record::Mismatch(text) = r { Some(text.clone()) } else { None }).collect()
+    }
+
+    /// The mapped slots, by number.
+    pub fn slots(&self) -> Vec<Slot> {
+        self.0.slots.list()
+    }
+
+    /// Guest memory as it is mapped.
+    pub fn memory(&self) -> Option<Arc<MemoryMap>> {
+        self.0.slots.map()
+    }
+
+    /// Edges raised on line `gsi`.
+    pub fn edges(&self, gsi: u32) -> u64 {
+        self.0.edges.count(gsi)
+    }
+
+    /// Raises an edge on line `gsi`, as a device would.
+    pub fn raise(&self, gsi: u32) {
+        self.0.edges.raise(gsi);
+    }
+
+    /// Doorbells bound now.
+    pub fn doorbells(&self) -> usize {
+        self.0.bells.len()
+    }
+
+    /// What was asked of the VM, in order: `map 0`, `irq_chip`, `create_vcpu 0`, ...
+    pub fn calls(&self) -> Vec<String> {
+        self.0.calls.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl fmt::Debug for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Probe").field("calls", &self.calls()).finish_non_exhaustive()
+    }
+}

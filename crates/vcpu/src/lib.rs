@@ -1,0 +1,22 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod boot;
+pub mod cpuid;
+mod crash;
+mod dispatch;
+mod error;
+pub mod lapic;
+pub mod msr;
+mod run;
+pub mod stats;
+mod thread;
+
+pub use boot::{BootState, configure_boot};
+pub use cpuid::{CpuidConfig, Topology};
+pub use crash::Crash;
+pub use dispatch::{Dispatcher, KVM_ENOSYS, Refused, Step, StopReason};
+pub use error::{Error, Result};
+pub use run::{ACK_TIMEOUT, Control, Outcome, RunLoop, State, Turn};
+pub use stats::{ExitStats, NoObserver, Observer};
+pub use thread::{VcpuThread, spawn_vcpu};

@@ -1,0 +1,337 @@
+//! The MMIO transport (virtio 1.2, section 4.2), version 2.
+//!
+//! Notifications and interrupt acknowledgement take no lock: with several vCPUs they never wait for one another.
+
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use freestone_bus::{
+    Access, AccessError, Description, Device, DoorbellGuard, Doorbells, EventFd, IoAddr, IoDevice, Irq,
+    IrqTarget, Plug, Resource, Spawn, Wiring,
+};
+use freestone_memory::GuestMem;
+
+use crate::device::VirtioDevice;
+use crate::transport::{DeviceCore, Half, Kicks, QueueArea, TransportOps};
+use crate::{Error, Result};
+
+/// Length of the register window in bytes: registers, then the configuration space.
+pub const MMIO_LEN: u64 = 0x1000;
+
+/// Register offsets (virtio 1.2, section 4.2.2).
+pub mod reg {
+    #![expect(missing_docs, reason = "the names are those of the specification")]
+    pub const MAGIC_VALUE: u64 = 0x000;
+    pub const VERSION: u64 = 0x004;
+    pub const DEVICE_ID: u64 = 0x008;
+    pub const VENDOR_ID: u64 = 0x00c;
+    pub const DEVICE_FEATURES: u64 = 0x010;
+    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
+    pub const DRIVER_FEATURES: u64 = 0x020;
+    pub const DRIVER_FEATURES_SEL: u64 = 0x024;
+    pub const QUEUE_SEL: u64 = 0x030;
+    pub const QUEUE_NUM_MAX: u64 = 0x034;
+    pub const QUEUE_NUM: u64 = 0x038;
+    pub const QUEUE_READY: u64 = 0x044;
+    pub const QUEUE_NOTIFY: u64 = 0x050;
+    pub const INTERRUPT_STATUS: u64 = 0x060;
+    pub const INTERRUPT_ACK: u64 = 0x064;
+    pub const STATUS: u64 = 0x070;
+    pub const QUEUE_DESC_LOW: u64 = 0x080;
+    pub const QUEUE_DESC_HIGH: u64 = 0x084;
+    pub const QUEUE_DRIVER_LOW: u64 = 0x090;
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    pub const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    pub const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    pub const SHM_SEL: u64 = 0x0ac;
+    pub const SHM_LEN_LOW: u64 = 0x0b0;
+    pub const SHM_LEN_HIGH: u64 = 0x0b4;
+    pub const SHM_BASE_LOW: u64 = 0x0b8;
+    pub const SHM_BASE_HIGH: u64 = 0x0bc;
+    pub const CONFIG_GENERATION: u64 = 0x0fc;
+    pub const CONFIG: u64 = 0x100;
+}
+
+/// Value of the magic register: `virt`.
+const MAGIC: u32 = 0x7472_6976;
+/// Value of the version register.
+const VERSION: u32 = 2;
+/// Value of the vendor register.
+const VENDOR: u32 = u32::from_le_bytes(*b"FRST");
+
+/// Bit of the interrupt registers: used buffer notification.
+const INTERRUPT_USED: u32 = 1;
+/// Bit of the interrupt registers: configuration change notification.
+const INTERRUPT_CONFIG: u32 = 2;
+
+/// The one interrupt line of the device, with the register that says why it was raised.
+#[derive(Debug)]
+struct Line {
+    status: AtomicU32,
+    irq: Irq,
+}
+
+/// Raises the line for one reason.
+struct LineIrq {
+    line: Arc<Line>,
+    reason: u32,
+}
+
+impl IrqTarget for LineIrq {
+    fn trigger(&self) -> io::Result<()> {
+        self.line.status.fetch_or(self.reason, Ordering::AcqRel);
+        self.line.irq.trigger()
+    }
+}
+
+/// What MMIO supplies to the status machine.
+struct MmioOps {
+    line: Arc<Line>,
+    doorbells: Option<Arc<dyn Doorbells>>,
+    base: u64,
+}
+
+impl MmioOps {
+    fn irq(&self, reason: u32) -> Irq {
+        Irq::new(LineIrq { line: Arc::clone(&self.line), reason })
+    }
+}
+
+impl TransportOps for MmioOps {
+    fn queue_irq(&self, _queue: u16) -> Irq {
+        self.irq(INTERRUPT_USED)
+    }
+
+    fn config_irq(&self) -> Irq {
+        self.irq(INTERRUPT_CONFIG)
+    }
+
+    fn bind_doorbell(&self, queue: u16, kick: &EventFd) -> io::Result<Option<DoorbellGuard>> {
+        let Some(doorbells) = &self.doorbells else { return Ok(None) };
+        let addr = IoAddr::Mmio(self.base.saturating_add(reg::QUEUE_NOTIFY));
+        doorbells.bind(addr, Some(queue.into()), kick).map(Some)
+    }
+
+    fn reset(&mut self) {
+        self.line.status.store(0, Ordering::Release);
+    }
+}
+
+/// What a machine gives to a [`MmioTransport`].
+pub struct MmioWiring {
+    /// Guest-physical address of the registers.
+    pub base: u64,
+    /// Guest memory.
+    pub mem: GuestMem,
+    /// The interrupt line.
+    pub irq: Irq,
+    /// Doorbells, where there are any.
+    pub doorbells: Option<Arc<dyn Doorbells>>,
+    /// Who drives the device's workers.
+    pub spawner: Arc<dyn Spawn>,
+}
+
+impl std::fmt::Debug for MmioWiring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MmioWiring").field("base", &self.base).finish_non_exhaustive()
+    }
+}
+
+/// A virtio device behind MMIO registers. Most users want [`VirtioMmioPlug`], which makes one and wires it up.
+#[derive(Debug)]
+pub struct MmioTransport {
+    core: Mutex<DeviceCore<MmioOps>>,
+    line: Arc<Line>,
+    kicks: Kicks,
+}
+
+impl MmioTransport {
+    /// Puts `device` behind registers. `name` is for messages.
+    ///
+    /// # Errors
+    /// As [`DeviceCore::new`].
+    pub fn new(name: &str, device: Box<dyn VirtioDevice>, wiring: MmioWiring) -> Result<Self> {
+        let MmioWiring { base, mem, irq, doorbells, spawner } = wiring;
+        let line = Arc::new(Line { status: AtomicU32::new(0), irq });
+        let ops = MmioOps { line: Arc::clone(&line), doorbells, base };
+        let core = DeviceCore::new(name, device, ops, mem, spawner)?;
+        Ok(Self { kicks: core.kicks(), core: Mutex::new(core), line })
+    }
+
+    /// As [`DeviceCore::pause`].
+    pub fn pause(&self) {
+        self.lock().pause();
+    }
+
+    /// As [`DeviceCore::resume`].
+    ///
+    /// # Errors
+    /// As [`DeviceCore::resume`].
+    pub fn resume(&self) -> Result<()> {
+        self.lock().resume()
+    }
+
+    /// As [`DeviceCore::shutdown`].
+    ///
+    /// # Errors
+    /// As [`DeviceCore::shutdown`].
+    pub fn shutdown(&self) -> Result<()> {
+        self.lock().shutdown()
+    }
+
+    /// As [`DeviceCore::faults`].
+    pub fn faults(&self) -> u64 {
+        self.lock().faults()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, DeviceCore<MmioOps>> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_register(&self, offset: u64) -> std::result::Result<u32, AccessError> {
+        Ok(match offset {
+            reg::MAGIC_VALUE => MAGIC,
+            reg::VERSION => VERSION,
+            reg::VENDOR_ID => VENDOR,
+            reg::INTERRUPT_STATUS => self.line.status.load(Ordering::Acquire),
+            reg::DEVICE_ID => self.lock().device().info().device_type.0,
+            reg::DEVICE_FEATURES => self.lock().device_features(),
+            reg::QUEUE_NUM_MAX => self.lock().queue_max_size().into(),
+            reg::QUEUE_READY => self.lock().queue_ready().into(),
+            reg::STATUS => self.lock().status().into(),
+            reg::CONFIG_GENERATION => self.lock().config_generation(),
+            // There is no shared memory region: length and address of -1 say so.
+            reg::SHM_LEN_LOW | reg::SHM_LEN_HIGH | reg::SHM_BASE_LOW | reg::SHM_BASE_HIGH => u32::MAX,
+            _ => return Err(AccessError::NoRegister),
+        })
+    }
+
+    fn write_register(&self, offset: u64, value: u32) -> Access {
+        match offset {
+            reg::QUEUE_NOTIFY => self.kicks.kick(value),
+            reg::INTERRUPT_ACK => {
+                self.line.status.fetch_and(!value, Ordering::AcqRel);
+            }
+            reg::DEVICE_FEATURES_SEL => self.lock().select_device_features(value),
+            reg::DRIVER_FEATURES => self.lock().set_driver_features(value),
+            reg::DRIVER_FEATURES_SEL => self.lock().select_driver_features(value),
+            // No device has a queue 65535, so that number stands for all that do not fit.
+            reg::QUEUE_SEL => self.lock().select_queue(u16::try_from(value).unwrap_or(u16::MAX)),
+            // 0 is no valid size: what does not fit is not valid either.
+            reg::QUEUE_NUM => self.lock().set_queue_size(u16::try_from(value).unwrap_or(0)),
+            reg::QUEUE_READY => self.lock().set_queue_ready(value & 1 != 0),
+            // Only the low byte of the register is defined.
+            reg::STATUS => self.lock().set_status(value.to_le_bytes()[0]),
+            reg::QUEUE_DESC_LOW => self.set_address(QueueArea::Descriptors, Half::Low, value),
+            reg::QUEUE_DESC_HIGH => self.set_address(QueueArea::Descriptors, Half::High, value),
+            reg::QUEUE_DRIVER_LOW => self.set_address(QueueArea::Driver, Half::Low, value),
+            reg::QUEUE_DRIVER_HIGH => self.set_address(QueueArea::Driver, Half::High, value),
+            reg::QUEUE_DEVICE_LOW => self.set_address(QueueArea::Device, Half::Low, value),
+            reg::QUEUE_DEVICE_HIGH => self.set_address(QueueArea::Device, Half::High, value),
+            reg::SHM_SEL => {}
+            _ => return Err(AccessError::NoRegister),
+        }
+        Ok(())
+    }
+
+    fn set_address(&self, area: QueueArea, half: Half, value: u32) {
+        self.lock().set_queue_address(area, half, value);
+    }
+}
+
+impl IoDevice for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Access {
+        if let Some(offset) = offset.checked_sub(reg::CONFIG) {
+            self.lock().read_config(offset, data);
+            return Ok(());
+        }
+        let data: &mut [u8; 4] = aligned(offset, data.try_into())?;
+        *data = self.read_register(offset)?.to_le_bytes();
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Access {
+        if let Some(offset) = offset.checked_sub(reg::CONFIG) {
+            self.lock().write_config(offset, data);
+            return Ok(());
+        }
+        let data: &[u8; 4] = aligned(offset, data.try_into())?;
+        self.write_register(offset, u32::from_le_bytes(*data))
+    }
+}
+
+/// Registers are accessed by aligned words of 32 bits only (4.2.2.2).
+fn aligned<T, E>(offset: u64, word: std::result::Result<T, E>) -> std::result::Result<T, AccessError> {
+    word.ok().filter(|_| offset.is_multiple_of(4)).ok_or(AccessError::Width)
+}
+
+/// A virtio device that can be plugged into a machine as an MMIO device, described to the guest as ACPI `LNRO0005`.
+#[derive(Debug)]
+pub struct VirtioMmioPlug {
+    device: Box<dyn VirtioDevice>,
+    name: String,
+}
+
+impl VirtioMmioPlug {
+    /// Makes `device` pluggable; `name`, such as `virtio-blk0`, is for messages.
+    pub fn new(device: impl VirtioDevice + 'static, name: impl Into<String>) -> Self {
+        Self { device: Box::new(device), name: name.into() }
+    }
+}
+
+impl Plug for VirtioMmioPlug {
+    fn plug(self: Box<Self>, wiring: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> {
+        let base = wiring.alloc_mmio(MMIO_LEN)?;
+        let (gsi, irq) = wiring.irq(None)?;
+        let parts = MmioWiring {
+            base,
+            mem: wiring.memory(),
+            irq,
+            doorbells: wiring.doorbells(),
+            spawner: wiring.spawner(),
+        };
+        let transport = MmioTransport::new(&self.name, self.device, parts);
+        let transport = Arc::new(transport.map_err(bus_error("set up a virtio device"))?);
+        wiring.mmio(base, MMIO_LEN, transport.clone())?;
+        let resources = vec![Resource::Mmio { base, len: MMIO_LEN }, Resource::Irq { gsi }];
+        wiring.describe(Description { hid: "LNRO0005", resources });
+        Ok(Box::new(Plugged { name: self.name, transport }))
+    }
+}
+
+/// A plugged device: what the machine keeps.
+struct Plugged {
+    name: String,
+    transport: Arc<MmioTransport>,
+}
+
+impl Device for Plugged {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn pause(&mut self) -> freestone_bus::Result<()> {
+        self.transport.pause();
+        Ok(())
+    }
+
+    fn resume(&mut self) -> freestone_bus::Result<()> {
+        self.transport.resume().map_err(bus_error("resume a virtio device"))
+    }
+
+    fn shutdown(&mut self) -> freestone_bus::Result<()> {
+        self.transport.shutdown().map_err(bus_error("shut down a virtio device"))
+    }
+}
+
+impl Drop for Plugged {
+    /// The bus may keep the registers alive; the device's work ends here.
+    fn drop(&mut self) {
+        self.transport.pause();
+    }
+}
+
+fn bus_error(op: &'static str) -> impl FnOnce(Error) -> freestone_bus::Error {
+    move |error| freestone_bus::Error::Io { op, source: io::Error::other(error) }
+}

@@ -1,0 +1,209 @@
+//! The board: what devices are plugged into. It hands out ports, addresses and interrupt lines, and collects what firmware
+//! must tell the guest.
+
+use std::sync::Arc;
+
+use freestone_bus::{
+    Bus, Description, Doorbells, Error, FixedHardware, IoDevice, Irq, IrqChip, LoopHandle, Notifier, Result,
+    Spawn, Wiring,
+};
+use freestone_memory::{GuestMem, layout};
+use freestone_vcpu::Dispatcher;
+use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
+
+/// Interrupt lines below this one belong to devices that ask for them by number (timer, keyboard, serial ports).
+const FIRST_FREE_GSI: u32 = 5;
+/// Device address space is handed out in pages.
+const MMIO_ALIGN: u64 = 0x1000;
+
+/// The wiring of a [`Machine`](crate::Machine).
+pub(crate) struct Board {
+    memory: GuestMem,
+    pio: Bus,
+    mmio: Bus,
+    chip: Option<Arc<dyn IrqChip>>,
+    doorbells: Option<Arc<dyn Doorbells>>,
+    spawner: LoopHandle,
+    notifier: Notifier,
+    addresses: Option<AddressAllocator>,
+    lines: Option<IdAllocator>,
+    pub(crate) descriptions: Vec<Description>,
+    pub(crate) fixed: Vec<FixedHardware>,
+    /// Name of the device that is being plugged in, for messages.
+    pub(crate) plugging: String,
+}
+
+impl Board {
+    pub(crate) fn new(
+        memory: GuestMem,
+        chip: Option<Arc<dyn IrqChip>>,
+        doorbells: Option<Arc<dyn Doorbells>>,
+        spawner: LoopHandle,
+        notifier: Notifier,
+    ) -> Self {
+        let lines = chip.as_ref().and_then(|c| {
+            let last = c.pins().checked_sub(1)?;
+            IdAllocator::new(FIRST_FREE_GSI, last).ok()
+        });
+        let addresses = AddressAllocator::new(layout::MMIO_START, layout::MMIO_END - layout::MMIO_START).ok();
+        Self {
+            memory,
+            pio: Bus::new(),
+            mmio: Bus::new(),
+            chip,
+            doorbells,
+            spawner,
+            notifier,
+            addresses,
+            lines,
+            descriptions: Vec::new(),
+            fixed: Vec::new(),
+            plugging: String::new(),
+        }
+    }
+
+    /// A dispatcher over the board's address spaces, for one vCPU.
+    pub(crate) fn dispatcher(&self) -> Dispatcher {
+        Dispatcher::new(self.pio.view(), self.mmio.view())
+    }
+
+    pub(crate) fn has_irq_chip(&self) -> bool {
+        self.chip.is_some()
+    }
+
+    fn exhausted(&self, what: &'static str) -> Error {
+        Error::Exhausted { what, device: self.plugging.clone() }
+    }
+}
+
+impl Wiring for Board {
+    fn memory(&self) -> GuestMem {
+        self.memory.clone()
+    }
+
+    fn pio(&mut self, base: u16, len: u16, device: Arc<dyn IoDevice>) -> Result<()> {
+        if u32::from(base) + u32::from(len) > 0x1_0000 {
+            return Err(Error::BadRange { base: base.into(), len: len.into() });
+        }
+        self.pio.insert(base.into(), len.into(), device)
+    }
+
+    fn alloc_mmio(&mut self, len: u64) -> Result<u64> {
+        let exhausted = self.exhausted("device address space below 4 GiB");
+        self.addresses
+            .as_mut()
+            .and_then(|a| a.allocate(len, MMIO_ALIGN, AllocPolicy::FirstMatch).ok())
+            .map(|range| range.start())
+            .ok_or(exhausted)
+    }
+
+    fn mmio(&mut self, base: u64, len: u64, device: Arc<dyn IoDevice>) -> Result<()> {
+        self.mmio.insert(base, len, device)
+    }
+
+    fn irq(&mut self, gsi: Option<u32>) -> Result<(u32, Irq)> {
+        let Some(chip) = &self.chip else {
+            return Err(Error::Missing { what: "an interrupt controller", device: self.plugging.clone() });
+        };
+        let gsi = match gsi {
+            Some(gsi) => gsi,
+            None => self
+                .lines
+                .as_mut()
+                .and_then(|l| l.allocate_id().ok())
+                .ok_or_else(|| self.exhausted("interrupt line"))?,
+        };
+        let irq = chip.edge(gsi).map_err(Error::io("claim an interrupt line"))?;
+        Ok((gsi, irq))
+    }
+
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        self.doorbells.clone()
+    }
+
+    fn spawner(&self) -> Arc<dyn Spawn> {
+        Arc::new(self.spawner.clone())
+    }
+
+    fn notifier(&self) -> Notifier {
+        self.notifier.clone()
+    }
+
+    fn describe(&mut self, description: Description) {
+        self.descriptions.push(description);
+    }
+
+    fn fixed_hardware(&mut self, hardware: FixedHardware) {
+        self.fixed.push(hardware);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use freestone_bus::{Access, EventLoop};
+
+    use super::*;
+
+    struct Nothing;
+
+    impl IoDevice for Nothing {
+        fn read(&self, _: u64, _: &mut [u8]) -> Access {
+            Ok(())
+        }
+        fn write(&self, _: u64, _: &[u8]) -> Access {
+            Ok(())
+        }
+    }
+
+    struct Chip;
+
+    impl IrqChip for Chip {
+        fn pins(&self) -> u32 {
+            24
+        }
+        fn edge(&self, _: u32) -> std::io::Result<Irq> {
+            Ok(Irq::null())
+        }
+    }
+
+    fn board(chip: Option<Arc<dyn IrqChip>>) -> Board {
+        let memory = GuestMem::anonymous(1 << 20).unwrap();
+        let handle = EventLoop::new().unwrap().handle();
+        let mut board = Board::new(memory, chip, None, handle, Notifier::new(|_| {}));
+        board.plugging = "probe".into();
+        board
+    }
+
+    #[test]
+    fn interrupt_lines_are_handed_out_once_and_end_with_a_clear_error() {
+        let mut board = board(Some(Arc::new(Chip)));
+        let lines: Vec<u32> = (5..24).map(|_| board.irq(None).unwrap().0).collect();
+        assert_eq!(lines, (5..24).collect::<Vec<_>>());
+        assert_eq!(board.irq(None).unwrap_err().to_string(), "no interrupt line left for device probe");
+    }
+
+    #[test]
+    fn a_machine_without_an_interrupt_controller_says_so() {
+        let error = board(None).irq(None).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "device probe needs an interrupt controller, which this machine does not have"
+        );
+    }
+
+    #[test]
+    fn device_addresses_are_page_aligned_and_inside_the_window() {
+        let mut board = board(None);
+        assert_eq!(board.alloc_mmio(0x200).unwrap(), layout::MMIO_START);
+        assert_eq!(board.alloc_mmio(0x1000).unwrap(), layout::MMIO_START + 0x1000);
+        assert!(board.alloc_mmio(layout::MMIO_END - layout::MMIO_START).is_err());
+        assert!(board.alloc_mmio(0).is_err());
+    }
+
+    #[test]
+    fn ports_may_not_reach_past_the_last_one() {
+        let mut board = board(None);
+        assert!(board.pio(0xffff, 1, Arc::new(Nothing)).is_ok());
+        assert!(matches!(board.pio(0xfff0, 0x11, Arc::new(Nothing)), Err(Error::BadRange { .. })));
+    }
+}

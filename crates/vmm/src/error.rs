@@ -1,0 +1,69 @@
+//! The error type of this crate.
+
+use std::io;
+
+/// Why a machine could not be built, started or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The number of vCPUs is not possible.
+    #[error("{asked} vCPUs: this hypervisor allows 1 to {max}")]
+    Cpus {
+        /// Number asked for.
+        asked: u32,
+        /// The most that is possible.
+        max: u32,
+    },
+    /// Two devices have one name.
+    #[error("two devices are named {0:?}")]
+    DuplicateDevice(String),
+    /// A device could not be wired, paused, resumed or shut down.
+    #[error("cannot {doing} device {device}")]
+    Device {
+        /// What was being done.
+        doing: &'static str,
+        /// Name of the device, or its place in the order of plugging.
+        device: String,
+        /// Why not.
+        #[source]
+        source: freestone_bus::Error,
+    },
+    /// No payload was given: there is nothing to boot.
+    #[error("the machine has nothing to boot: give it a payload")]
+    NoPayload,
+    /// The call is not possible in this state.
+    #[error("cannot {doing} a machine that is {state}")]
+    State {
+        /// What was asked.
+        doing: &'static str,
+        /// The state it is in.
+        state: &'static str,
+    },
+    /// The host failed.
+    #[error("cannot {op}")]
+    Io {
+        /// What was being done.
+        op: &'static str,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] freestone_memory::Error),
+    /// The hypervisor.
+    #[error(transparent)]
+    Hypervisor(#[from] freestone_hypervisor::Error),
+    /// The kernel, initrd or firmware tables.
+    #[error(transparent)]
+    Loader(#[from] freestone_loader::Error),
+    /// vCPU set-up or run loop.
+    #[error(transparent)]
+    Vcpu(#[from] freestone_vcpu::Error),
+    /// Buses and the event loop.
+    #[error(transparent)]
+    Bus(#[from] freestone_bus::Error),
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;

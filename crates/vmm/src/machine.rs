@@ -1,0 +1,256 @@
+//! A machine and its life: created, running, paused, stopped.
+
+use std::fmt;
+use std::sync::Arc;
+
+use freestone_bus::{EventLoop, Task, Work, spawn};
+use freestone_hypervisor::{Hypervisor, Vm};
+use freestone_memory::GuestMem;
+use freestone_vcpu::stats::{Snapshot, StatsReader};
+
+use crate::board::Board;
+use crate::builder::MachineBuilder;
+use crate::exit::{ExitReason, Shared};
+use crate::inventory::Inventory;
+use crate::vcpus::Vcpus;
+use crate::{Error, Result};
+
+/// Where a machine is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Built; nothing ran yet.
+    Created,
+    /// vCPUs run.
+    Running,
+    /// vCPUs and devices stand still.
+    Paused,
+    /// Ended; only to be dropped.
+    Stopped,
+}
+
+impl State {
+    /// The state as a word.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A virtual machine.
+///
+/// It belongs to one thread, which drives the devices' work in [`wait`](Self::wait); every vCPU has a thread of its own.
+///
+/// | call | Created | Running | Paused | Stopped |
+/// |---|---|---|---|---|
+/// | [`start`](Self::start) | starts | error | error | error |
+/// | [`wait`](Self::wait) | error | until the guest ends | error | error |
+/// | [`pause`](Self::pause) | error | pauses | nothing | error |
+/// | [`resume`](Self::resume) | error | nothing | resumes | error |
+/// | [`stop`](Self::stop) | stops | stops | stops | nothing |
+///
+/// Dropping a machine stops it.
+pub struct Machine<H: Hypervisor> {
+    // Dropped in this order: vCPUs leave the guest before devices, memory and VM go.
+    vcpus: Vcpus<<H::Vm as Vm>::Vcpu>,
+    inventory: Inventory,
+    board: Board,
+    event_loop: EventLoop,
+    shared: Arc<Shared>,
+    vm: H::Vm,
+    memory: GuestMem,
+    state: State,
+}
+
+impl<H: Hypervisor> Machine<H> {
+    /// Starts a description of a machine on `hypervisor`.
+    pub fn builder(hypervisor: &H) -> MachineBuilder<'_, H> {
+        MachineBuilder::new(hypervisor)
+    }
+
+    pub(crate) fn assemble(parts: Parts<H>) -> Self {
+        let Parts { vm, memory, board, inventory, event_loop, shared, vcpus } = parts;
+        Self { vcpus, inventory, board, event_loop, shared, vm, memory, state: State::Created }
+    }
+
+    /// Starts, waits until the guest ends, and stops: the whole life in one call.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), [`wait`](Self::wait) and [`stop`](Self::stop).
+    pub fn run(&mut self) -> Result<ExitReason> {
+        self.start()?;
+        let reason = self.wait()?;
+        self.stop()?;
+        Ok(reason)
+    }
+
+    /// Starts the vCPUs, each on a thread of its own.
+    ///
+    /// # Errors
+    /// [`Error::State`], or [`Error::Vcpu`] if the host gives no thread; the machine is then stopped.
+    pub fn start(&mut self) -> Result<()> {
+        self.expect("start", State::Created)?;
+        self.state = State::Running;
+        let (board, memory, shared) = (&self.board, &self.memory, &self.shared);
+        let started = self.vcpus.start(|| board.dispatcher(), memory, shared);
+        if started.is_err() {
+            self.stop()?;
+        }
+        started
+    }
+
+    /// Drives the devices until the guest ends or somebody stops the machine. The machine is still to be stopped then.
+    ///
+    /// # Errors
+    /// [`Error::State`], or [`Error::Bus`] if the event loop fails.
+    pub fn wait(&mut self) -> Result<ExitReason> {
+        self.expect("wait for", State::Running)?;
+        let shared = Arc::clone(&self.shared);
+        self.event_loop.run_until(|| shared.ended())?;
+        Ok(shared.take_end())
+    }
+
+    /// Makes vCPUs and then devices stand still. Their state is whole and nothing touches guest memory any more.
+    ///
+    /// # Errors
+    /// [`Error::State`]; [`Error::Vcpu`] or [`Error::Device`] if one does not stand still: the machine then runs on.
+    pub fn pause(&mut self) -> Result<()> {
+        if self.state == State::Paused {
+            return Ok(());
+        }
+        self.expect("pause", State::Running)?;
+        let paused = self.vcpus.pause().and_then(|()| self.inventory.pause());
+        if paused.is_err() {
+            self.vcpus.resume();
+            return paused;
+        }
+        self.state = State::Paused;
+        Ok(())
+    }
+
+    /// Goes on after [`pause`](Self::pause).
+    ///
+    /// # Errors
+    /// [`Error::State`], or [`Error::Device`] if a device cannot go on: the machine then stays paused.
+    pub fn resume(&mut self) -> Result<()> {
+        if self.state == State::Running {
+            return Ok(());
+        }
+        self.expect("resume", State::Paused)?;
+        self.inventory.resume()?;
+        self.vcpus.resume();
+        self.state = State::Running;
+        Ok(())
+    }
+
+    /// Stops vCPUs and shuts the devices down, so that disks hold what the guest believes written.
+    ///
+    /// # Errors
+    /// [`Error::Vcpu`] or [`Error::Device`] of the first part that failed; the others are stopped all the same.
+    pub fn stop(&mut self) -> Result<()> {
+        if self.state == State::Stopped {
+            return Ok(());
+        }
+        self.state = State::Stopped;
+        let vcpus = self.vcpus.stop();
+        self.inventory.shutdown().and(vcpus)
+    }
+
+    /// Where the machine is in its life.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// A handle for other threads.
+    pub fn handle(&self) -> MachineHandle {
+        MachineHandle { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Hands further work to the event loop, which drives it beside the devices' while [`wait`](Self::wait) runs.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the event loop cannot be woken.
+    pub fn drive<W: Work + 'static>(&self, work: W) -> Result<Task<W>> {
+        spawn(&self.event_loop.handle(), work).map_err(|source| Error::Io { op: "hand over work", source })
+    }
+
+    /// The VM below.
+    pub fn vm(&self) -> &H::Vm {
+        &self.vm
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMem {
+        &self.memory
+    }
+
+    /// The devices.
+    pub fn inventory(&self) -> &Inventory {
+        &self.inventory
+    }
+
+    /// Exit statistics of each vCPU; empty unless the builder asked for them.
+    pub fn stats(&self) -> Vec<Snapshot> {
+        self.vcpus.stats().iter().map(StatsReader::snapshot).collect()
+    }
+
+    fn expect(&self, doing: &'static str, wanted: State) -> Result<()> {
+        if self.state == wanted { Ok(()) } else { Err(Error::State { doing, state: self.state.name() }) }
+    }
+}
+
+impl<H: Hypervisor> Drop for Machine<H> {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            tracing::error!(%error, "the machine did not stop in order");
+        }
+    }
+}
+
+impl<H: Hypervisor> fmt::Debug for Machine<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine")
+            .field("state", &self.state)
+            .field("devices", &self.inventory)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a [`Machine`] is put together from.
+pub(crate) struct Parts<H: Hypervisor> {
+    pub(crate) vm: H::Vm,
+    pub(crate) memory: GuestMem,
+    pub(crate) board: Board,
+    pub(crate) inventory: Inventory,
+    pub(crate) event_loop: EventLoop,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) vcpus: Vcpus<<H::Vm as Vm>::Vcpu>,
+}
+
+/// Ends a machine from any thread.
+#[derive(Clone)]
+pub struct MachineHandle {
+    shared: Arc<Shared>,
+}
+
+impl MachineHandle {
+    /// Makes [`Machine::wait`] return [`ExitReason::Stopped`], unless the guest ended first. Does not wait.
+    pub fn stop(&self) {
+        self.shared.end(ExitReason::Stopped);
+    }
+}
+
+impl fmt::Debug for MachineHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("MachineHandle")
+    }
+}
