@@ -16,12 +16,12 @@ pub const FIRMWARE_DEBUG_PORT: u16 = 0x402;
 const SIGNATURE: u8 = 0xe9;
 
 /// The debug port. Bytes that the sink refuses are counted and dropped.
-pub struct Debug {
+pub struct DebugPort {
     output: Box<dyn Write + Send>,
     lost: u64,
 }
 
-impl Debug {
+impl DebugPort {
     /// A port that writes to `output`.
     pub fn new(output: impl Write + Send + 'static) -> Self {
         Self { output: Box::new(output), lost: 0 }
@@ -33,13 +33,13 @@ impl Debug {
     }
 }
 
-impl fmt::Debug for Debug {
+impl fmt::Debug for DebugPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Debug").field("lost", &self.lost).finish_non_exhaustive()
+        f.debug_struct("DebugPort").field("lost", &self.lost).finish_non_exhaustive()
     }
 }
 
-impl BytePorts for Debug {
+impl BytePorts for DebugPort {
     const PORTS: u8 = 1;
 
     fn inb(&mut self, _port: u8) -> u8 {
@@ -56,19 +56,19 @@ impl BytePorts for Debug {
     }
 }
 
-byte_device!(Debug);
+byte_device!(DebugPort);
 
-/// Plugs a [`Debug`] in, by default at [`BOCHS_DEBUG_PORT`].
+/// Plugs a [`DebugPort`] in, by default at [`BOCHS_DEBUG_PORT`].
 #[derive(Debug)]
 pub struct DebugPlug {
     port: u16,
-    device: Debug,
+    device: DebugPort,
 }
 
 impl DebugPlug {
     /// A debug port that writes to `output`.
     pub fn new(output: impl Write + Send + 'static) -> Self {
-        Self { port: BOCHS_DEBUG_PORT, device: Debug::new(output) }
+        Self { port: BOCHS_DEBUG_PORT, device: DebugPort::new(output) }
     }
 
     /// Puts it at another port.

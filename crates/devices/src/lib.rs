@@ -12,11 +12,11 @@ mod pvpanic;
 mod rtc;
 mod serial;
 
-pub use debug::{BOCHS_DEBUG_PORT, Debug, DebugPlug, FIRMWARE_DEBUG_PORT};
+pub use debug::{BOCHS_DEBUG_PORT, DebugPlug, DebugPort, FIRMWARE_DEBUG_PORT};
 pub use error::{Error, Result};
 pub use i8042::{I8042, I8042_PORT, I8042Plug};
 pub use power::{Power, PowerPlug, RESET_PORT, RESET_VALUE, S5_TYPE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
-pub use progress::{PROGRESS_PORT, Progress, ProgressPlug};
+pub use progress::{PROGRESS_PORT, ProgressPlug, ProgressPort};
 pub use pvpanic::{PVPANIC_PORT, PvPanic, PvPanicPlug};
 pub use rtc::{CENTURY_INDEX, RTC_PORT, Rtc, RtcPlug};
 pub use serial::{

@@ -15,19 +15,19 @@ pub const PROGRESS_PORT: u16 = 0x80;
 
 /// The boot-progress port. A read gives the last value written.
 #[derive(Debug)]
-pub struct Progress {
+pub struct ProgressPort {
     notifier: Notifier,
     last: Arc<AtomicU8>,
 }
 
-impl Progress {
+impl ProgressPort {
     /// A port that reports to `notifier`.
     pub fn new(notifier: Notifier) -> Self {
         Self { notifier, last: Arc::default() }
     }
 }
 
-impl BytePorts for Progress {
+impl BytePorts for ProgressPort {
     const PORTS: u8 = 1;
 
     fn inb(&mut self, _port: u8) -> u8 {
@@ -40,9 +40,9 @@ impl BytePorts for Progress {
     }
 }
 
-byte_device!(Progress);
+byte_device!(ProgressPort);
 
-/// Plugs a [`Progress`] in at [`PROGRESS_PORT`].
+/// Plugs a [`ProgressPort`] in at [`PROGRESS_PORT`].
 #[derive(Debug, Default)]
 pub struct ProgressPlug {
     last: Arc<AtomicU8>,
@@ -62,7 +62,7 @@ impl ProgressPlug {
 
 impl Plug for ProgressPlug {
     fn plug(self: Box<Self>, wiring: &mut dyn Wiring) -> Result<Box<dyn Device>> {
-        let device = Progress { notifier: wiring.notifier(), last: self.last };
+        let device = ProgressPort { notifier: wiring.notifier(), last: self.last };
         isa::plug(wiring, "progress", PROGRESS_PORT, device)
     }
 }

@@ -149,6 +149,17 @@ fn loopback_bytes_that_nobody_read_are_cleared_away() {
 }
 
 #[test]
+fn input_that_comes_during_loopback_is_there_afterwards() {
+    let (serial, _) = port();
+    let uart = Driver(&serial);
+    uart.set(MCR, LOOPBACK);
+    serial.receive(b"abc");
+    assert_eq!(uart.get(LSR) & DATA_READY, 0);
+    uart.set(MCR, 0x0b);
+    assert_eq!(uart.read(10), b"abc");
+}
+
+#[test]
 fn input_raises_the_interrupt_and_stays_identified_until_it_is_read() {
     let mut bench = Bench::new();
     let (_device, port, _, mut typed) = plugged(&mut bench);
@@ -439,6 +450,34 @@ fn a_vcpu_stuck_in_a_blocking_sink_does_not_keep_the_person_from_quitting() {
 }
 
 #[test]
+fn a_prompt_printed_while_another_vcpu_is_stuck_in_the_sink_shows_when_that_is_over() {
+    let mut event_loop = EventLoop::new().unwrap();
+    let mut bench = Bench::new();
+    bench.spawner = Arc::new(event_loop.handle());
+    let (entered, is_writing) = mpsc::channel();
+    let (let_go, released) = mpsc::channel();
+    let plug = SerialPlug::com1(Stuck(entered, released), None);
+    let counters = plug.counters();
+    let _device = bench.plug(plug);
+    let port = bench.pio.remove(COM1_PORT.into()).unwrap();
+    let stuck = Arc::clone(&port);
+    let vcpu = std::thread::spawn(move || Driver(&*stuck).set(DATA, b'\n'));
+    is_writing.recv().unwrap();
+    Driver(&*port).set(DATA, b'#');
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(50) {
+        event_loop.run_once(10).unwrap();
+    }
+    let_go.send(()).unwrap();
+    vcpu.join().unwrap();
+    let_go.send(()).unwrap();
+    until("the prompt shows", || {
+        event_loop.run_once(100).unwrap();
+        counters.written() == 2
+    });
+}
+
+#[test]
 fn escape_sequences_are_kept_from_the_guest() {
     let mut bench = Bench::new();
     let (mut typed, theirs) = UnixStream::pair().unwrap();
@@ -487,6 +526,31 @@ fn a_regular_file_is_read_to_its_end_though_it_cannot_be_watched() {
         got.len() >= expected.len()
     });
     assert_eq!(got, expected);
+}
+
+#[test]
+fn a_file_longer_than_the_port_keeps_goes_on_when_the_guest_has_read() {
+    const LEN: usize = 300_000;
+    let mut event_loop = EventLoop::new().unwrap();
+    let mut bench = Bench::new();
+    bench.spawner = Arc::new(event_loop.handle());
+    let path = std::env::current_exe().unwrap();
+    let mut expected = vec![0; LEN];
+    File::open(&path).unwrap().read_exact(&mut expected).unwrap();
+    let input = SerialInput::new(File::open(&path).unwrap());
+    let _device = bench.plug(SerialPlug::com1(io::sink(), Some(input)));
+    let port = bench.pio.remove(COM1_PORT.into()).unwrap();
+    // First the port takes what it can and its work stops.
+    for _ in 0..100 {
+        event_loop.run_once(0).unwrap();
+    }
+    let mut got = Vec::new();
+    until("the file arrives", || {
+        got.extend(Driver(&*port).read(LEN - got.len()));
+        event_loop.run_once(0).unwrap();
+        got.len() == LEN
+    });
+    assert!(got == expected);
 }
 
 #[test]

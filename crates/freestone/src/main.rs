@@ -14,6 +14,7 @@ mod size;
 mod stats;
 mod terminal;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -41,7 +42,12 @@ fn main() -> ExitCode {
 fn log_to_stderr(filter: &str) -> Result<(), Failure> {
     let filter = EnvFilter::try_new(filter)
         .map_err(|e| Failure::usage(format!("--log {filter:?} is not a log filter: {e}")))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .init();
     Ok(())
 }
 
@@ -58,8 +64,8 @@ fn usage(error: &clap::Error) -> ExitCode {
         }
         _ => {
             let text = error.render().to_string();
-            let line = text.lines().next().unwrap_or_default();
-            eprintln!("freestone: {}; see --help", line.trim_start_matches("error: "));
+            let lines: Vec<&str> = text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+            eprintln!("freestone: {}; see --help", lines.join(" ").trim_start_matches("error: "));
             ExitCode::from(failure::USAGE)
         }
     }

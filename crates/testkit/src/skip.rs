@@ -15,7 +15,11 @@ pub fn skip(test: &str, reason: &str) {
     };
     // One write, so that lines of tests that run at the same time do not mix.
     let line = format!("{}\t{}\n", one_line(test), one_line(reason));
-    let written = OpenOptions::new().create(true).append(true).open(&path).and_then(|mut f| f.write_all(line.as_bytes()));
+    let written = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .and_then(|mut f| f.write_all(line.as_bytes()));
     if let Err(error) = written {
         eprintln!("cannot append to {}: {error}", path.display());
     }

@@ -5,8 +5,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use freestone_bus::{
-    Bus, Description, Device, Doorbells, Error as BusError, FixedHardware, GuestEvent, IoDevice, Irq, ManualSpawner,
-    Notifier, Plug, Spawn, Wiring,
+    Bus, Description, Device, Doorbells, Error as BusError, FixedHardware, GuestEvent, IoDevice, Irq,
+    ManualSpawner, Notifier, Plug, Spawn, Wiring,
 };
 use freestone_memory::GuestMem;
 use freestone_memory::layout::{MMIO_END, MMIO_START, PAGE_SIZE};

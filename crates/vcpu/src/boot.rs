@@ -158,9 +158,7 @@ fn flat_segments(special: &mut SpecialRegs, mem: &GuestMem, code: Segment) -> Re
 }
 
 fn set_data(special: &mut SpecialRegs, data: Segment) {
-    for segment in
-        [&mut special.ds, &mut special.es, &mut special.fs, &mut special.gs, &mut special.ss]
-    {
+    for segment in [&mut special.ds, &mut special.es, &mut special.fs, &mut special.gs, &mut special.ss] {
         *segment = data;
     }
 }
@@ -196,5 +194,6 @@ fn identity_map(mem: &GuestMem) -> Result<u64> {
 }
 
 const _: () = assert!(
-    BOOT_PAGE_TABLES + paging::identity_map_size(IDENTITY_MAPPED, paging::PageSize::Size2M) <= BOOT_PAGE_TABLES_END
+    BOOT_PAGE_TABLES + paging::identity_map_size(IDENTITY_MAPPED, paging::PageSize::Size2M)
+        <= BOOT_PAGE_TABLES_END
 );

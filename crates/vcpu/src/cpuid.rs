@@ -180,7 +180,8 @@ mod ext1_ecx {
     pub(super) const PERFCTR_NB: u32 = 1 << 24;
     pub(super) const PERFCTR_LLC: u32 = 1 << 28;
     pub(super) const MONITORX: u32 = 1 << 29;
-    pub(super) const HIDDEN: u32 = IBS | SKINIT | WDT | LWP | NODE_ID | PERFCTR_CORE | PERFCTR_NB | PERFCTR_LLC | MONITORX;
+    pub(super) const HIDDEN: u32 =
+        IBS | SKINIT | WDT | LWP | NODE_ID | PERFCTR_CORE | PERFCTR_NB | PERFCTR_LLC | MONITORX;
 }
 
 /// Bits of leaf 0x4000_0001 EAX, KVM's paravirtual features, that are not offered.

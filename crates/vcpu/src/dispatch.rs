@@ -83,7 +83,11 @@ impl fmt::Display for StopReason {
             Self::Debug { pc, exception } => write!(f, "debug exception {exception} at {pc:#x}"),
             Self::InternalError { suberror, instruction } => {
                 write!(f, "internal error {suberror} of the hypervisor ({})", internal_error(*suberror))?;
-                if instruction.as_slice().is_empty() { Ok(()) } else { write!(f, " at instruction [{instruction}]") }
+                if instruction.as_slice().is_empty() {
+                    Ok(())
+                } else {
+                    write!(f, " at instruction [{instruction}]")
+                }
             }
             Self::FailEntry { reason, cpu } => {
                 write!(f, "the processor refused to enter the guest (reason {reason:#x}, physical CPU {cpu})")

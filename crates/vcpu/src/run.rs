@@ -176,7 +176,10 @@ impl Control {
 
 impl fmt::Debug for Control {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Control").field("index", &self.index).field("state", &self.state()).finish_non_exhaustive()
+        f.debug_struct("Control")
+            .field("index", &self.index)
+            .field("state", &self.state())
+            .finish_non_exhaustive()
     }
 }
 
@@ -239,10 +242,10 @@ impl<V: Vcpu, O: Observer> RunLoop<V, O> {
     /// [`Error::Hypervisor`] if the vCPU cannot be run. The loop has then ended.
     #[inline]
     pub fn step(&mut self) -> Result<Turn> {
-        if !self.running || self.control.request.load(Ordering::Acquire) != RUN {
-            if let Some(turn) = self.obey()? {
-                return Ok(turn);
-            }
+        if (!self.running || self.control.request.load(Ordering::Acquire) != RUN)
+            && let Some(turn) = self.obey()?
+        {
+            return Ok(turn);
         }
         match self.dispatcher.step_observed(&mut self.vcpu, &mut self.observer) {
             Ok(Step::Continue | Step::Interrupted) => Ok(Turn::Ran),
@@ -329,6 +332,9 @@ impl<V: Vcpu, O: Observer> RunLoop<V, O> {
 
 impl<V, O> fmt::Debug for RunLoop<V, O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RunLoop").field("control", &self.control).field("outcome", &self.outcome).finish_non_exhaustive()
+        f.debug_struct("RunLoop")
+            .field("control", &self.control)
+            .field("outcome", &self.outcome)
+            .finish_non_exhaustive()
     }
 }

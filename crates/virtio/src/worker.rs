@@ -86,7 +86,7 @@ impl<H: RequestHandler> QueueWorker<H> {
 
 /// Serves what waits, at most `budget` requests.
 fn drain<'m, H: RequestHandler>(
-    queue: &mut AttachedQueue<'m>,
+    queue: &mut AttachedQueue<'_, 'm>,
     handler: &mut H,
     buffers: &mut ChainBuffers<'m>,
     budget: &mut u16,

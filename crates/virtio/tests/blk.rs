@@ -267,7 +267,9 @@ fn requests_before_the_malformed_one_are_completed() {
 
 #[test]
 fn data_in_a_hole_or_in_the_device_s_own_registers_breaks_the_device() {
-    for addr in [HOLE, HOLE - 256, RAM_AFTER_HOLE - 1, common::REGISTERS, common::RAM_END - 511, u64::MAX - 100] {
+    for addr in
+        [HOLE, HOLE - 256, RAM_AFTER_HOLE - 1, common::REGISTERS, common::RAM_END - 511, u64::MAX - 100]
+    {
         let image = TestImage::new(10);
         let mut machine = Machine::started(&image);
         machine.offer_block(IN, 0, &[(addr, 512, true)]);

@@ -73,7 +73,9 @@ fn completions_are_seen_when_they_are_published_and_all_at_once() {
     let (mem, mut ring, mut queue) = set_up(16);
     let view = mem.view();
     let mut buffers = ChainBuffers::new();
-    (0..3).for_each(|_| drop(ring.add(&[(0x8000, 1, true)])));
+    for _ in 0..3 {
+        ring.add(&[(0x8000, 1, true)]);
+    }
     let mut queue = queue.attach(&view).unwrap();
     while let Some(chain) = queue.pop(&mut buffers).unwrap() {
         queue.push_used(chain, 1).unwrap();
@@ -88,7 +90,9 @@ fn chains_may_be_completed_out_of_order() {
     let (mem, mut ring, mut queue) = set_up(16);
     let view = mem.view();
     let mut buffers = ChainBuffers::new();
-    (0..2).for_each(|_| drop(ring.add(&[(0x8000, 1, true)])));
+    for _ in 0..2 {
+        ring.add(&[(0x8000, 1, true)]);
+    }
     let mut queue = queue.attach(&view).unwrap();
     let first = queue.pop(&mut buffers).unwrap().unwrap();
     let second = queue.pop(&mut buffers).unwrap().unwrap();

@@ -195,9 +195,13 @@ fn halt_without_interrupt_controller_is_an_exit_and_the_guest_can_go_on() {
 #[test]
 fn triple_fault_is_shutdown() {
     let Some(kvm) = kvm("triple_fault_is_shutdown") else { return };
-    // lidt [0x2000], which is zero, so that no vector is within the limit; ud2
-    let machine = Machine::new(&kvm, &[0x0F, 0x01, 0x1E, 0x00, 0x20, 0x0F, 0x0B]);
+    let machine = Machine::new(&kvm, &[0x0F, 0x0B]); // ud2
     let mut vcpu = machine.vcpu(0);
+    set_long_mode(&machine, &mut vcpu, Regs::default());
+    let mut special = vcpu.special_regs().unwrap();
+    // No vector is within the limit.
+    special.idt.limit = 0;
+    vcpu.set_special_regs(&special).unwrap();
     let exit = vcpu.run().unwrap();
     assert!(matches!(exit, Exit::Shutdown), "{exit:?}");
 }

@@ -2,12 +2,14 @@
 //!
 //! Data in, tables out. This module knows no device: the caller says which devices there are, by name, hardware ID and
 //! resources, and they appear under `\_SB`. There is no SCI, no PM1 block and no FACS: power-off goes through the sleep
-//! control register, reboot through the reset register.
+//! control register, reboot through the reset register. Linux uses neither the 8259 nor the PIT then, and takes the TSC
+//! frequency from kvm-clock or CPUID.
 
 mod dsdt;
+mod reset;
 mod tables;
 
-use freestone_memory::layout::{self, ACPI_TABLES, ACPI_TABLES_END};
+use freestone_memory::layout::{self, ACPI_TABLES};
 use freestone_memory::{Bytes, GuestAddress, GuestMem};
 
 use crate::{Error, Result};
@@ -141,23 +143,30 @@ impl Default for AcpiConfig {
 
 /// Builds the tables and writes them at [`ACPI_TABLES`], in one write. Answers the address of the RSDP.
 ///
+/// When there is a reset register, a few bytes of code that use it are put at the real-mode reset vector, F000:FFF0.
+/// Linux on a hardware-reduced platform does not always use the register itself: built with EFI support but started
+/// without EFI, it jumps to that address.
+///
 /// # Errors
-/// [`Error::Acpi`] for what the tables cannot describe, [`Error::BootDataTooLarge`] when they do not fit below
-/// [`ACPI_TABLES_END`], [`Error::Write`] when there is no RAM there.
+/// [`Error::Acpi`] for what the tables cannot describe, [`Error::BootDataTooLarge`] when they do not fit below the reset
+/// vector, [`Error::Write`] when there is no RAM there.
 pub fn write_acpi(mem: &GuestMem, config: &AcpiConfig) -> Result<u64> {
     let blob = tables::build(config, ACPI_TABLES)?;
-    let max = usize::try_from(ACPI_TABLES_END - ACPI_TABLES).unwrap_or(usize::MAX);
+    let max = usize::try_from(reset::VECTOR - ACPI_TABLES).unwrap_or(usize::MAX);
     let len = blob.len();
     if len > max {
         return Err(Error::BootDataTooLarge { what: "ACPI tables", len, max });
     }
-    mem.view().write_slice(&blob, GuestAddress(ACPI_TABLES)).map_err(|source| Error::Write {
-        what: "ACPI tables",
-        gpa: ACPI_TABLES,
-        len,
-        source,
-    })?;
+    write(mem, "ACPI tables", &blob, ACPI_TABLES)?;
+    if let Some((port, value)) = config.power.reset {
+        write(mem, "reset code", &reset::code(port, value), reset::VECTOR)?;
+    }
     Ok(ACPI_TABLES)
+}
+
+fn write(mem: &GuestMem, what: &'static str, bytes: &[u8], gpa: u64) -> Result<()> {
+    let len = bytes.len();
+    mem.view().write_slice(bytes, GuestAddress(gpa)).map_err(|source| Error::Write { what, gpa, len, source })
 }
 
 /// The error for something that cannot be described.

@@ -241,13 +241,20 @@ impl MmioDriver {
     ///
     /// # Errors
     /// [`Error::Protocol`] if the queue does not exist, is live already or does not become live.
-    pub fn setup_queue(&self, mem: &GuestMem, arena: &mut Arena, index: u16, size: u16) -> Result<DriverQueue> {
+    pub fn setup_queue(
+        &self,
+        mem: &GuestMem,
+        arena: &mut Arena,
+        index: u16,
+        size: u16,
+    ) -> Result<DriverQueue> {
         let max = self.queue_max(index)?;
         if max == 0 {
             return Err(Error::protocol("queue", "4.2.3.2", format!("there is no queue {index}")));
         }
         let size = u16::try_from(max).unwrap_or(u16::MAX).min(size);
-        let queue = DriverQueue::new(mem, arena, size)?.with_event_idx(self.negotiated & features::EVENT_IDX != 0);
+        let queue =
+            DriverQueue::new(mem, arena, size)?.with_event_idx(self.negotiated & features::EVENT_IDX != 0);
         self.enable_queue(index, &queue)?;
         Ok(queue)
     }

@@ -41,7 +41,8 @@ impl Arena {
     /// # Errors
     /// [`Error::Full`].
     pub fn alloc(&mut self, len: u64, align: u64) -> Result<u64> {
-        let full = Error::Full { what: "guest memory", wanted: len, left: self.end.saturating_sub(self.next) };
+        let full =
+            Error::Full { what: "guest memory", wanted: len, left: self.end.saturating_sub(self.next) };
         let start = self.next.checked_next_multiple_of(align.max(1));
         match start.and_then(|s| Some((s, s.checked_add(len)?))) {
             Some((start, end)) if end <= self.end => {

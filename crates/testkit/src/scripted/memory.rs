@@ -55,7 +55,10 @@ impl Slots {
 
     pub(crate) fn list(&self) -> Vec<Slot> {
         let slots = self.lock();
-        slots.iter().map(|(&slot, m)| Slot { slot, gpa: m.start(), len: m.region.len(), flags: m.flags }).collect()
+        slots
+            .iter()
+            .map(|(&slot, m)| Slot { slot, gpa: m.start(), len: m.region.len(), flags: m.flags })
+            .collect()
     }
 
     /// All slots as one memory.
@@ -92,7 +95,11 @@ impl Slots {
         let mut slots = self.lock();
         let mapped = slots.get_mut(&slot).ok_or(no_slot(slot))?;
         if !mapped.flags.contains(MapFlags::LOG_DIRTY) {
-            return Err(Error::OutOfRange { what: "slot", value: slot.into(), reason: "its writes are not logged" });
+            return Err(Error::OutOfRange {
+                what: "slot",
+                value: slot.into(),
+                reason: "its writes are not logged",
+            });
         }
         let clean = bitmap(mapped.region.len());
         Ok(std::mem::replace(&mut mapped.dirty, clean))

@@ -17,6 +17,6 @@ mod vm;
 pub(crate) use doorbells::{BellHandle, Bells};
 pub use probe::{CpuSnapshot, Probe, Record, Slot};
 pub use repeat::RepeatVcpu;
-pub use script::{Guest, Op, Script};
+pub use script::{Code, Done, Guest, Op, Round, Script};
 pub use vcpu::ScriptedVcpu;
 pub use vm::{ScriptedHypervisor, ScriptedVm, made_up_cpuid};

@@ -154,7 +154,9 @@ impl Probe {
     pub fn mismatches(&self) -> Vec<String> {
         let cpus = self.0.cpus();
         let records = cpus.values().flat_map(|c| &c.records);
-        records.filter_map(|r| if let Record::Mismatch(text) = r { Some(text.clone()) } else { None }).collect()
+        records
+            .filter_map(|r| if let Record::Mismatch(text) = r { Some(text.clone()) } else { None })
+            .collect()
     }
 
     /// The mapped slots, by number.

@@ -7,6 +7,13 @@ use freestone_hypervisor::x86::Regs;
 use freestone_hypervisor::{InstructionBytes, SystemEvent};
 use freestone_memory::{Bytes, GuestAddress, MemoryMap};
 
+/// Code of [`Op::Then`].
+pub type Code = Box<dyn FnOnce(&mut Guest<'_>) -> Script + Send>;
+/// What makes the steps of one round of [`Op::Until`].
+pub type Round = Box<dyn FnMut() -> Script + Send>;
+/// What looks at the last load after each round of [`Op::Until`].
+pub type Done = Box<dyn FnMut(&[u8]) -> bool + Send>;
+
 /// One step of a script.
 #[non_exhaustive]
 pub enum Op {
@@ -118,13 +125,13 @@ pub enum Op {
         gsi: u32,
     },
     /// Code: looks at the guest's memory, registers and last load, and says what to do next.
-    Then(Box<dyn FnOnce(&mut Guest<'_>) -> Script + Send>),
-    /// Does this again and again until `Guest::last_read` satisfies the function: polling.
+    Then(Code),
+    /// Does this again and again until the last load satisfies the function: polling.
     Until {
         /// Makes the script of one round.
-        round: Box<dyn FnMut() -> Script + Send>,
+        round: Round,
         /// Whether the last load is what was waited for.
-        done: Box<dyn FnMut(&[u8]) -> bool + Send>,
+        done: Done,
         /// Rounds left.
         left: u32,
     },

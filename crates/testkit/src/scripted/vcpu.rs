@@ -11,7 +11,7 @@ use freestone_hypervisor::x86::{CpuidLeaf, MpState, Msr, Regs, SpecialRegs};
 use freestone_hypervisor::{CpuState, Error, Exit, Kick, Kicker, Result, Vcpu};
 
 use super::probe::{Cpu, Record, Shared};
-use super::script::{Guest, Op, Script};
+use super::script::{Code, Done, Guest, Op, Round, Script};
 use crate::log::Edges;
 
 /// What to do where a script waits.
@@ -76,7 +76,13 @@ pub struct ScriptedVcpu {
 }
 
 impl ScriptedVcpu {
-    pub(crate) fn new(index: u32, script: Script, shared: Arc<Shared>, wait: Wait, refused_msrs: Vec<u32>) -> Self {
+    pub(crate) fn new(
+        index: u32,
+        script: Script,
+        shared: Arc<Shared>,
+        wait: Wait,
+        refused_msrs: Vec<u32>,
+    ) -> Self {
         let kick = Arc::new(StickyKick { kicked: AtomicBool::new(false), edges: Arc::clone(&shared.edges) });
         Self {
             index,
@@ -135,7 +141,8 @@ impl ScriptedVcpu {
         });
         match expect {
             Some(expect) if expect != data => {
-                let text = format!("step {}: {name} gave {data:02x?}, the script expects {expect:02x?}", self.step);
+                let text =
+                    format!("step {}: {name} gave {data:02x?}, the script expects {expect:02x?}", self.step);
                 self.record(Record::Mismatch(text.clone()));
                 Err(Error::Call { op: "scripted expectation", source: io::Error::other(text) })
             }
@@ -217,7 +224,7 @@ impl ScriptedVcpu {
         })
     }
 
-    fn code(&mut self, code: Box<dyn FnOnce(&mut Guest<'_>) -> Script + Send>) {
+    fn code(&mut self, code: Code) {
         let memory = self.shared.slots.map();
         let mut regs = self.state(|cpu| cpu.state.regs);
         let mut guest = Guest { memory: memory.as_deref(), regs: &mut regs, last_read: &self.last_read };
@@ -231,12 +238,7 @@ impl ScriptedVcpu {
         self.script = next;
     }
 
-    fn poll(
-        &mut self,
-        mut round: Box<dyn FnMut() -> Script + Send>,
-        mut done: Box<dyn FnMut(&[u8]) -> bool + Send>,
-        left: u32,
-    ) -> Result<()> {
+    fn poll(&mut self, mut round: Round, mut done: Done, left: u32) -> Result<()> {
         let Some(left) = left.checked_sub(1) else {
             let text = format!("step {}: polling did not end", self.step);
             self.record(Record::Mismatch(text.clone()));
@@ -244,7 +246,11 @@ impl ScriptedVcpu {
         };
         let once = round();
         let check = Script::new().then(move |guest| {
-            if done(guest.last_read) { Script::new() } else { Script::new().op(Op::Until { round, done, left }) }
+            if done(guest.last_read) {
+                Script::new()
+            } else {
+                Script::new().op(Op::Until { round, done, left })
+            }
         });
         self.go_on_with(once.append(check));
         Ok(())

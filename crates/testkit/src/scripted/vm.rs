@@ -128,7 +128,11 @@ impl Hypervisor for ScriptedHypervisor {
         let scripts = std::mem::take(&mut *self.scripts.lock().unwrap_or_else(PoisonError::into_inner));
         let shared = Arc::new(Shared::default());
         *self.latest.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&shared);
-        Ok(ScriptedVm { scripts: Mutex::new((0..).zip(scripts).collect()), shared, features: self.features.clone() })
+        Ok(ScriptedVm {
+            scripts: Mutex::new((0..).zip(scripts).collect()),
+            shared,
+            features: self.features.clone(),
+        })
     }
 
     fn max_vcpus(&self) -> u32 {
@@ -191,7 +195,8 @@ impl Vm for ScriptedVm {
                 cpu.state.mp_state = MpState::Uninitialized;
             }
         });
-        let script = self.scripts.lock().unwrap_or_else(PoisonError::into_inner).remove(&index).unwrap_or_default();
+        let script =
+            self.scripts.lock().unwrap_or_else(PoisonError::into_inner).remove(&index).unwrap_or_default();
         let refused = self.features.refused_msrs.clone();
         Ok(ScriptedVcpu::new(index, script, Arc::clone(&self.shared), self.features.wait, refused))
     }
@@ -202,7 +207,10 @@ impl Vm for ScriptedVm {
         }
         if !self.shared.has_irq_chip() {
             if !self.shared.cpus().is_empty() {
-                return Err(Error::Call { op: "create the interrupt controller", source: io::ErrorKind::InvalidInput.into() });
+                return Err(Error::Call {
+                    op: "create the interrupt controller",
+                    source: io::ErrorKind::InvalidInput.into(),
+                });
             }
             self.shared.call(Shared::IRQ_CHIP.to_owned());
         }
@@ -210,7 +218,9 @@ impl Vm for ScriptedVm {
     }
 
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
-        self.features.doorbells.then(|| Arc::new(BellHandle(Arc::clone(&self.shared.bells))) as Arc<dyn Doorbells>)
+        self.features
+            .doorbells
+            .then(|| Arc::new(BellHandle(Arc::clone(&self.shared.bells))) as Arc<dyn Doorbells>)
     }
 
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {
@@ -255,7 +265,8 @@ impl IrqChip for Chip {
 
 /// CPUID leaves of a processor that does not exist: enough for code that edits them.
 pub fn made_up_cpuid() -> Vec<CpuidLeaf> {
-    let leaf = |function, eax, ebx, ecx, edx| CpuidLeaf { function, index: 0, indexed: false, eax, ebx, ecx, edx };
+    let leaf =
+        |function, eax, ebx, ecx, edx| CpuidLeaf { function, index: 0, indexed: false, eax, ebx, ecx, edx };
     let text = |s: &[u8; 4]| u32::from_le_bytes(*s);
     vec![
         leaf(0, 0xd, text(b"Genu"), text(b"ntel"), text(b"ineI")),

@@ -132,7 +132,7 @@ impl VirtQueue {
     ///
     /// # Errors
     /// [`Error::QueueLayout`] if the memory changed so that the queue is no longer in it.
-    pub fn attach<'m>(&'m mut self, view: &'m MemoryView) -> Result<AttachedQueue<'m>> {
+    pub fn attach<'q, 'm>(&'q mut self, view: &'m MemoryView) -> Result<AttachedQueue<'q, 'm>> {
         let rings = split::Rings::find(self, view)?;
         Ok(AttachedQueue::new(self, rings, view))
     }

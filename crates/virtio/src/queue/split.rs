@@ -61,14 +61,14 @@ impl<'m> Rings<'m> {
 
 /// A queue that is being worked on. See [`VirtQueue::attach`].
 #[derive(Debug)]
-pub struct AttachedQueue<'m> {
-    queue: &'m mut VirtQueue,
+pub struct AttachedQueue<'q, 'm> {
+    queue: &'q mut VirtQueue,
     rings: Rings<'m>,
     view: &'m MemoryView,
 }
 
-impl<'m> AttachedQueue<'m> {
-    pub(super) fn new(queue: &'m mut VirtQueue, rings: Rings<'m>, view: &'m MemoryView) -> Self {
+impl<'q, 'm> AttachedQueue<'q, 'm> {
+    pub(super) fn new(queue: &'q mut VirtQueue, rings: Rings<'m>, view: &'m MemoryView) -> Self {
         Self { queue, rings, view }
     }
 

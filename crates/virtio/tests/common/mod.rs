@@ -250,8 +250,7 @@ impl Machine {
         let irq = Irq::from_fn(move || {
             count.fetch_add(1, Ordering::SeqCst);
         });
-        let wiring =
-            MmioWiring { base: REGISTERS, mem: mem.clone(), irq, doorbells: None, spawner: driver };
+        let wiring = MmioWiring { base: REGISTERS, mem: mem.clone(), irq, doorbells: None, spawner: driver };
         let registers = Arc::new(MmioTransport::new("test", Box::new(device), wiring).unwrap());
         let ring = Ring::new(&mem, 64);
         Self { mem, registers, spawner, interrupts, ring }

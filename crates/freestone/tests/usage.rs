@@ -1,0 +1,173 @@
+//! Wrong input on the command line: one line that names the value, and an exit status that says whose fault it is.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn freestone(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_freestone")).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+/// Asserts the exit status, and that the error is one line with all of `parts` in it.
+fn refused(args: &[&str], status: i32, parts: &[&str]) {
+    let output = freestone(args);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(status), "{args:?}: {error}");
+    assert_eq!(error.lines().count(), 1, "{args:?}: {error}");
+    assert!(error.starts_with("freestone: "), "{args:?}: {error}");
+    for part in parts {
+        assert!(error.contains(part), "{args:?}: {part:?} is not in {error}");
+    }
+}
+
+/// Failures on the way to a machine need /dev/kvm, since that is what is opened first.
+fn no_kvm(test: &str) -> bool {
+    freestone_testkit::dev_kvm_usable().inspect_err(|reason| freestone_testkit::skip(test, reason)).is_err()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn values_that_no_host_could_take_are_usage_errors() {
+    refused(&["run", "--memory", "0"], 2, &["'0'", "--memory"]);
+    refused(&["run", "--memory", "12Q"], 2, &["'12Q'", "not a unit"]);
+    refused(&["run", "--memory", "1000001b"], 2, &["1000001"]);
+    refused(&["run", "--cpus", "0"], 2, &["'0'", "--cpus"]);
+    refused(&["run", "--cpus", "255"], 2, &["'255'", "--cpus"]);
+    refused(&["run", "--cpus", "many"], 2, &["'many'"]);
+    refused(&["run", "--frobnicate"], 2, &["--frobnicate"]);
+    refused(&["run", "--initrd", "x"], 2, &["--kernel"]);
+    refused(&["run", "--log", "a=b=c"], 2, &["a=b=c"]);
+    refused(&["fly"], 2, &["'fly'"]);
+}
+
+#[test]
+fn no_command_shows_the_help_and_is_a_usage_error() {
+    let output = freestone(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("Usage: freestone"));
+}
+
+#[test]
+fn help_and_version_succeed_on_standard_output() {
+    for args in [&["--help"][..], &["run", "--help"], &["doctor", "--help"], &["--version"]] {
+        let output = freestone(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}");
+        assert!(!output.stdout.is_empty() && output.stderr.is_empty(), "{args:?}");
+    }
+    let help = String::from_utf8(freestone(&["run", "--help"]).stdout).unwrap();
+    for part in ["--kernel", "--disk", "Examples:", "Exit status:"] {
+        assert!(help.contains(part), "{part}");
+    }
+}
+
+#[test]
+fn a_kernel_that_cannot_be_opened_is_named_with_the_reason() {
+    if no_kvm("a_kernel_that_cannot_be_opened_is_named_with_the_reason") {
+        return;
+    }
+    refused(
+        &["run", "--kernel", "/nonexistent/vmlinux"],
+        1,
+        &["kernel \"/nonexistent/vmlinux\"", "No such file"],
+    );
+    let dir = tempfile::tempdir().unwrap();
+    refused(&["run", "--kernel", text(dir.path())], 1, &["kernel", text(dir.path()), "directory"]);
+}
+
+#[test]
+fn a_file_that_is_no_kernel_is_refused() {
+    if no_kvm("a_file_that_is_no_kernel_is_refused") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kernel");
+    for contents in [&b""[..], b"#!/bin/sh\n", &[0; 4096]] {
+        fs::write(&path, contents).unwrap();
+        refused(&["run", "--kernel", text(&path)], 1, &[text(&path)]);
+    }
+}
+
+#[test]
+fn a_truncated_kernel_is_refused() {
+    if no_kvm("a_truncated_kernel_is_refused") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kernel");
+    for len in [16, 64, 300, freestone_guest::DEMO.len() / 2] {
+        fs::write(&path, &freestone_guest::DEMO[..len]).unwrap();
+        refused(&["run", "--kernel", text(&path)], 1, &[text(&path)]);
+    }
+}
+
+#[test]
+fn a_kernel_that_does_not_fit_is_refused_with_the_sizes() {
+    if no_kvm("a_kernel_that_does_not_fit_is_refused_with_the_sizes") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kernel");
+    fs::write(&path, freestone_guest::DEMO).unwrap();
+    refused(&["run", "--kernel", text(&path), "--memory", "1M"], 1, &[text(&path)]);
+}
+
+#[test]
+fn a_missing_initrd_is_named() {
+    if no_kvm("a_missing_initrd_is_named") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    fs::write(&kernel, freestone_guest::DEMO).unwrap();
+    let args = ["run", "--kernel", text(&kernel), "--initrd", "/nonexistent/initrd"];
+    refused(&args, 1, &["initrd \"/nonexistent/initrd\"", "No such file"]);
+}
+
+#[test]
+fn disks_that_cannot_be_attached_are_named_with_the_reason() {
+    if no_kvm("disks_that_cannot_be_attached_are_named_with_the_reason") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    refused(&["run", "--disk", "/nonexistent/disk"], 1, &["/nonexistent/disk", "No such file"]);
+    refused(&["run", "--disk", text(dir.path())], 1, &[text(dir.path()), "directory"]);
+
+    let locked = dir.path().join("locked.img");
+    let file = File::create(&locked).unwrap();
+    file.set_len(1 << 20).unwrap();
+    file.try_lock().unwrap();
+    refused(&["run", "--disk", text(&locked)], 1, &[text(&locked), "locked by another process"]);
+    refused(
+        &["run", "--disk", &format!("{},ro", text(&locked))],
+        1,
+        &[text(&locked), "locked by another process"],
+    );
+    drop(file);
+
+    let empty = dir.path().join("empty.img");
+    fs::write(&empty, b"").unwrap();
+    refused(&["run", "--disk", text(&empty)], 1, &[text(&empty)]);
+
+    let read_only = dir.path().join("ro.img");
+    fs::write(&read_only, [0; 4096]).unwrap();
+    fs::set_permissions(&read_only, fs::Permissions::from_mode(0o444)).unwrap();
+    // Root writes to files that nobody may write.
+    if File::options().write(true).open(&read_only).is_err() {
+        refused(&["run", "--disk", text(&read_only)], 1, &[text(&read_only), ",ro"]);
+    } else {
+        freestone_testkit::skip("a read-only disk image is refused", "root may write every file");
+    }
+}
+
+#[test]
+fn more_memory_than_the_host_has_is_refused_with_both_sizes() {
+    if no_kvm("more_memory_than_the_host_has_is_refused_with_both_sizes") {
+        return;
+    }
+    refused(&["run", "--memory", "900T"], 1, &["900 TiB", "this host has"]);
+}
