@@ -37,9 +37,9 @@ pub(crate) fn run(args: &Run) -> Result<ExitCode, Failure> {
         .device(RtcPlug::new())
         .device(PvPanicPlug::new())
         .device(ProgressPlug::new());
-    for (name, image) in images(args)? {
-        let read_only = image.read_only();
-        let config = blk::BlockConfig::new().read_only(read_only).serial(disk_id(args, &name));
+    for (letter, image) in ('a'..='z').zip(images(args)?) {
+        let name = format!("vd{letter}");
+        let config = blk::BlockConfig::new().read_only(image.read_only()).serial(disk_id(args, &name));
         builder = builder.device(VirtioMmioPlug::new(blk::Block::new(image, config), name));
     }
     let mut machine = builder.payload(payload).build()?;
@@ -134,8 +134,17 @@ fn open(what: &str, path: &Path) -> Result<FileSource, Failure> {
     FileSource::open(path).map_err(|e| failed(&e))
 }
 
-/// The disks and their names as Linux gives them. The built-in guest has a disk of its own in front.
-fn images(args: &Run) -> Result<Vec<(String, Arc<dyn Image>)>, Failure> {
+/// The most disks: as many as there are letters and interrupt lines for them.
+const MAX_DISKS: usize = 18;
+
+/// The disks in order. The built-in guest has a disk of its own in front.
+fn images(args: &Run) -> Result<Vec<Arc<dyn Image>>, Failure> {
+    if args.disks.len() > MAX_DISKS {
+        let asked = args.disks.len();
+        return Err(Failure::usage(format!(
+            "{asked} disks are too many: --disk may be given {MAX_DISKS} times"
+        )));
+    }
     let mut images: Vec<Arc<dyn Image>> = Vec::new();
     if args.kernel.is_none() {
         images.push(Arc::new(demo::disk()?));
@@ -143,7 +152,7 @@ fn images(args: &Run) -> Result<Vec<(String, Arc<dyn Image>)>, Failure> {
     for DiskSpec { path, read_only } in &args.disks {
         images.push(Arc::new(RawImage::open(path, RawOptions::new().read_only(*read_only))?));
     }
-    Ok(('a'..='z').map(|letter| format!("vd{letter}")).zip(images).collect())
+    Ok(images)
 }
 
 /// What the guest reads as the disk's id: its name, or the mark of the built-in guest's own disk.

@@ -1,5 +1,4 @@
 //! What `freestone doctor` says, to people and to programs.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::process::Command;
 

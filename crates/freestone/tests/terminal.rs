@@ -1,5 +1,5 @@
 //! The built-in guest on a terminal, and the terminal afterwards.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -125,7 +125,11 @@ impl fmt::Display for SpecialRegs {
         for (name, s) in [("cs", &self.cs), ("ss", &self.ss), ("ds", &self.ds), ("tr", &self.tr)] {
             write!(f, "{name} {:04x} base {:x} limit {:x} dpl {}  ", s.selector, s.base, s.limit, s.dpl)?;
         }
-        write!(f, "\ngdt {:x}+{:x}  idt {:x}+{:x}", self.gdt.base, self.gdt.limit, self.idt.base, self.idt.limit)
+        write!(
+            f,
+            "\ngdt {:x}+{:x}  idt {:x}+{:x}",
+            self.gdt.base, self.gdt.limit, self.idt.base, self.idt.limit
+        )
     }
 }
 

@@ -8,7 +8,9 @@ use std::sync::{Arc, OnceLock};
 
 use freestone_hypervisor::x86::CpuidLeaf;
 use freestone_hypervisor::{Error, Hypervisor, Result};
-use kvm_bindings::{KVM_API_VERSION, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES,
+};
 
 use crate::error::{call, create_vm_failed, open_failed};
 use crate::probe::CAPABILITIES;
@@ -16,6 +18,9 @@ use crate::vm::KvmVm;
 
 /// Where the device of KVM is.
 pub const DEFAULT_DEVICE: &str = "/dev/kvm";
+
+/// CPUID leaf 1, ECX: the local APIC's timer has a TSC deadline mode (Intel SDM, volume 2, CPUID).
+const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 
 /// The KVM of this host. Cheap to clone; all clones share one file descriptor.
 ///
@@ -108,13 +113,15 @@ impl Hypervisor for Kvm {
         }
         let cpuid =
             self.0.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        // KVM announces the timer by a capability, because whether it is there depends on the interrupt controller.
+        let deadline = self.0.fd.check_extension_raw(KVM_CAP_TSC_DEADLINE_TIMER.into()) > 0;
         let leaves = cpuid.as_slice().iter().map(|entry| CpuidLeaf {
             function: entry.function,
             index: entry.index,
             indexed: entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
             eax: entry.eax,
             ebx: entry.ebx,
-            ecx: entry.ecx,
+            ecx: entry.ecx | if deadline && entry.function == 1 { LEAF_1_ECX_TSC_DEADLINE } else { 0 },
             edx: entry.edx,
         });
         Ok(self.0.cpuid.get_or_init(|| leaves.collect()).clone())

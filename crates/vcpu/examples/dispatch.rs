@@ -45,7 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let script =
         Script::new().print(PORT, "hello").pio_read(PORT, 1, 4).mmio_write32(GPA, 1).mmio_read(GPA, 4);
-    let vm = ScriptedHypervisor::new(script.pio_read(0x80, 1, 1).halt()).create_vm()?;
+    let vm = ScriptedHypervisor::new(script.pio_read(0x1f0, 1, 1).halt()).create_vm()?;
     let dispatcher = Dispatcher::new(pio.view(), mmio.view());
     let mut run_loop = RunLoop::with_observer(vm.create_vcpu(0)?, dispatcher, ExitStats::new());
     let outcome = run_loop.run()?;

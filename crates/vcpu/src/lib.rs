@@ -19,4 +19,4 @@ pub use dispatch::{Dispatcher, KVM_ENOSYS, Refused, Step, StopReason};
 pub use error::{Error, Result};
 pub use run::{ACK_TIMEOUT, Control, Outcome, RunLoop, State, Turn};
 pub use stats::{ExitStats, NoObserver, Observer};
-pub use thread::{VcpuThread, spawn_vcpu};
+pub use thread::{Ended, VcpuThread, spawn_vcpu};

@@ -72,7 +72,8 @@ impl Control {
     /// Makes the vCPU leave the guest and waits, at most [`ACK_TIMEOUT`], until it has.
     ///
     /// A vCPU that is idle or has ended is out of the guest already. An idle one will not enter it before
-    /// [`resume`](Self::resume).
+    /// [`resume`](Self::resume). If another thread resumes the vCPU meanwhile, the wait ends as well, with the vCPU running:
+    /// let one owner pause and resume.
     ///
     /// # Errors
     /// [`Error::Timeout`]. The request stands: the vCPU pauses when it can.

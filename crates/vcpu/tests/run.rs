@@ -86,7 +86,7 @@ fn the_last_exit_is_finished_before_a_pause_is_acknowledged() {
 
 #[test]
 fn a_kick_interrupts_the_guest_and_the_loop_goes_on() {
-    let (mut run_loop, probe) = scripted(Script::new().out8(1, 1).wait_kick().halt());
+    let (mut run_loop, probe) = scripted(Script::new().out8(1, 1).out8(1, 1).halt());
     let control = run_loop.control();
     assert_eq!(run_loop.step().unwrap(), Turn::Ran);
     control.kick();
@@ -106,8 +106,11 @@ fn a_thread_is_paused_resumed_and_stopped_from_outside() {
     let run_loop = RunLoop::new(RepeatVcpu::pio_write(1), dispatcher());
     let thread = spawn_vcpu(run_loop, |_, _| {}).unwrap();
     for _ in 0..200 {
+        while thread.control().state() != State::Running {
+            std::thread::yield_now();
+        }
         thread.control().pause().unwrap();
-        assert_ne!(thread.control().state(), State::Running);
+        assert_eq!(thread.control().state(), State::Paused);
         thread.control().resume();
     }
     let (outcome, run_loop) = thread.stop().unwrap();

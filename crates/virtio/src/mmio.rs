@@ -172,6 +172,11 @@ impl MmioTransport {
         self.lock().resume()
     }
 
+    /// As [`DeviceCore::halt`].
+    pub fn halt(&self) {
+        self.lock().halt();
+    }
+
     /// As [`DeviceCore::shutdown`].
     ///
     /// # Errors
@@ -328,7 +333,7 @@ impl Device for Plugged {
 impl Drop for Plugged {
     /// The bus may keep the registers alive; the device's work ends here.
     fn drop(&mut self) {
-        self.transport.pause();
+        self.transport.halt();
     }
 }
 

@@ -521,12 +521,18 @@ impl<T: TransportOps> DeviceCore<T> {
         self.start(queues, doorbells).inspect_err(|error| self.control.fault(error))
     }
 
+    /// Stops the device's work and forgets its queues, as a machine does with a device that it takes away. The driver finds no
+    /// change; only a reset brings the device back.
+    pub fn halt(&mut self) {
+        drop(self.stop());
+    }
+
     /// Stops the device for good and makes durable what the guest believes written.
     ///
     /// # Errors
     /// As [`VirtioDevice::shutdown`].
     pub fn shutdown(&mut self) -> Result<()> {
-        drop(self.stop());
+        self.halt();
         self.device.shutdown()
     }
 }

@@ -1,19 +1,24 @@
 //! [`QueueWorker`]: the worker of every device that answers each request on the spot.
 //!
-//! It drains the queue with kicks off, publishes completions in batches, raises one interrupt for what it drained, and looks
-//! at the queue for a short while before it asks for kicks again. One step serves at most a queue's worth of requests.
+//! It drains the queue with kicks off, publishes completions in batches, interrupts at most once for each batch, and looks at
+//! the queue for a short while before it asks for kicks again. One step serves at most a queue's worth of requests, and fewer
+//! if they are slow.
 
 use std::time::{Duration, Instant};
 
-use freestone_bus::{Progress, Source, Work};
+use freestone_bus::{Irq, Progress, Source, Work};
 use freestone_memory::GuestMem;
 
 use crate::device::{ActiveQueue, Worker};
 use crate::queue::{AttachedQueue, ChainBuffers, SpareBuffers};
 use crate::{DeviceControl, Result};
 
-/// Completions that are published at once. A driver that polls sees them this early; a larger number saves little.
-const BATCH: u16 = 16;
+/// Most completions that are published at once; a larger number saves little.
+const MAX_BATCH: u16 = 16;
+/// Completions wait for their batch about this long at most.
+const BATCH_TIME: Duration = Duration::from_micros(50);
+/// A step that takes longer ends early, so that other work on the same thread, a pause or a reset need not wait for it.
+const STEP_TIME: Duration = Duration::from_millis(2);
 
 /// Answers requests, one at a time.
 pub trait RequestHandler: Send {
@@ -34,6 +39,7 @@ pub struct QueueWorker<H> {
     handler: H,
     spare: SpareBuffers,
     poller: Poller,
+    batch: Batch,
 }
 
 impl<H: RequestHandler> QueueWorker<H> {
@@ -43,7 +49,7 @@ impl<H: RequestHandler> QueueWorker<H> {
     /// A worker of `active`.
     pub fn new(mem: GuestMem, active: ActiveQueue, control: DeviceControl, handler: H) -> Self {
         let poller = Poller::new(Self::DEFAULT_POLL);
-        Self { mem, active, control, handler, spare: SpareBuffers::new(), poller }
+        Self { mem, active, control, handler, spare: SpareBuffers::new(), poller, batch: Batch::new() }
     }
 
     /// Looks at an empty queue for `poll` before asking for kicks; zero never looks. A kick costs the driver an exit, so a
@@ -60,15 +66,18 @@ impl<H: RequestHandler> QueueWorker<H> {
         let mut queue = self.active.queue.attach(&view)?;
         let mut buffers = self.spare.take();
         let mut budget = queue.size();
+        self.batch.begin_step();
         let result = loop {
-            let drained = drain(&mut queue, &mut self.handler, &mut buffers, &mut budget);
+            let drained = drain(
+                &mut queue,
+                &mut self.handler,
+                &mut buffers,
+                &mut budget,
+                &mut self.batch,
+                &self.active.irq,
+            );
             // What is done is done, even when the next request is nonsense.
-            queue.publish()?;
-            if queue.needs_interrupt()?
-                && let Err(error) = self.active.irq.trigger()
-            {
-                tracing::warn!(queue = self.active.index, %error, "cannot interrupt the guest");
-            }
+            complete(&mut queue, &self.active.irq)?;
             if drained.is_err() || budget == 0 {
                 break drained.map(|()| Progress::More);
             }
@@ -90,19 +99,31 @@ fn drain<'m, H: RequestHandler>(
     handler: &mut H,
     buffers: &mut ChainBuffers<'m>,
     budget: &mut u16,
+    batch: &mut Batch,
+    irq: &Irq,
 ) -> Result<()> {
     queue.disable_kicks()?;
-    let mut unpublished = 0;
     while *budget > 0 {
         let Some(chain) = queue.pop(buffers)? else { break };
         *budget -= 1;
         let written = handler.handle(buffers)?;
         queue.push_used(chain, written)?;
-        unpublished += 1;
-        if unpublished == BATCH {
-            queue.publish()?;
-            unpublished = 0;
+        match batch.add() {
+            Batched::Wait => {}
+            Batched::Publish => complete(queue, irq)?,
+            Batched::EndStep => *budget = 0,
         }
+    }
+    Ok(())
+}
+
+/// Shows the driver what is done, and interrupts it if it wants that.
+fn complete(queue: &mut AttachedQueue<'_, '_>, irq: &Irq) -> Result<()> {
+    queue.publish()?;
+    if queue.needs_interrupt()?
+        && let Err(error) = irq.trigger()
+    {
+        tracing::warn!(%error, "cannot interrupt the guest");
     }
     Ok(())
 }
@@ -126,6 +147,62 @@ impl<H: RequestHandler> Work for QueueWorker<H> {
 impl<H: RequestHandler> Worker for QueueWorker<H> {
     fn into_queues(self: Box<Self>) -> Vec<ActiveQueue> {
         vec![self.active]
+    }
+}
+
+/// What to do after a completion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Batched {
+    /// Let it wait for more.
+    Wait,
+    /// Publish what there is.
+    Publish,
+    /// Publish, and let others have the thread.
+    EndStep,
+}
+
+/// Decides when completions are published: many at once where requests are quick, each by itself where they are slow.
+///
+/// The clock is read once for each full batch, so never for a driver with one quick request at a time.
+#[derive(Debug)]
+struct Batch {
+    size: u16,
+    waiting: u16,
+    /// When the first and the last full batch of this step were published.
+    step: Option<(Instant, Instant)>,
+}
+
+impl Batch {
+    fn new() -> Self {
+        Self { size: MAX_BATCH, waiting: 0, step: None }
+    }
+
+    fn begin_step(&mut self) {
+        self.waiting = 0;
+        self.step = None;
+    }
+
+    fn add(&mut self) -> Batched {
+        self.waiting += 1;
+        if self.waiting < self.size {
+            return Batched::Wait;
+        }
+        self.full_at(Instant::now())
+    }
+
+    fn full_at(&mut self, now: Instant) -> Batched {
+        self.waiting = 0;
+        let (first, last) = self.step.unwrap_or((now, now));
+        if self.step.is_some() {
+            let took = now.saturating_duration_since(last);
+            if took > BATCH_TIME {
+                self.size = (self.size / 2).max(1);
+            } else if took < BATCH_TIME / 4 {
+                self.size = (self.size * 2).min(MAX_BATCH);
+            }
+        }
+        self.step = Some((first, now));
+        if now.saturating_duration_since(first) > STEP_TIME { Batched::EndStep } else { Batched::Publish }
     }
 }
 
@@ -175,6 +252,40 @@ impl Poller {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Publishes full batches `apart` from each other until a step ends, and says how many that took.
+    fn batches_in_a_step(batch: &mut Batch, apart: Duration) -> usize {
+        let start = Instant::now();
+        batch.begin_step();
+        let publish = |n: &u32| batch.full_at(start + apart * *n) == Batched::Publish;
+        (0..1000).take_while(publish).count()
+    }
+
+    #[test]
+    fn slow_requests_are_published_one_by_one_and_quick_ones_in_batches_again() {
+        let mut batch = Batch::new();
+        batches_in_a_step(&mut batch, Duration::from_micros(400));
+        assert_eq!(batch.size, 1);
+        batches_in_a_step(&mut batch, Duration::from_micros(30));
+        assert_eq!(batch.size, 1, "neither quick nor slow: as it was");
+        batches_in_a_step(&mut batch, Duration::from_micros(5));
+        assert_eq!(batch.size, MAX_BATCH);
+    }
+
+    #[test]
+    fn a_step_with_slow_requests_ends_early() {
+        assert_eq!(batches_in_a_step(&mut Batch::new(), Duration::from_micros(500)), 5);
+        assert_eq!(batches_in_a_step(&mut Batch::new(), Duration::from_micros(1)), 1000);
+    }
+
+    #[test]
+    fn a_batch_is_full_after_its_size() {
+        let mut batch = Batch::new();
+        batch.begin_step();
+        let full = (0..15).filter(|_| batch.add() != Batched::Wait).count();
+        assert_eq!(full, 0);
+        assert_ne!(batch.add(), Batched::Wait);
+    }
 
     #[test]
     fn polling_in_vain_becomes_rare_and_success_brings_it_back() {

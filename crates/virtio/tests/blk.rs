@@ -1,5 +1,5 @@
 //! virtio-blk as its driver sees it.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;
 
@@ -302,7 +302,9 @@ fn a_step_serves_at_most_a_queue_full() {
     let ring = std::sync::Mutex::new(machine.ring.clone());
     image.set_hook(move || ring.lock().unwrap().offer(0));
     assert_eq!(machine.spawner.run(1), 1);
-    assert_eq!(image.flushes.load(Ordering::SeqCst), 64);
+    let served = image.flushes.load(Ordering::SeqCst);
+    // Fewer if this machine is so slow that the step took too long.
+    assert!((16..=64).contains(&served), "{served}");
 }
 
 #[test]

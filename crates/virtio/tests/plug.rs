@@ -101,10 +101,10 @@ fn pausing_stops_the_work_and_resuming_goes_on() {
 
 #[test]
 fn the_work_ends_with_the_device() {
-    let (wiring, device, _) = started(TestWiring::new(memory()), &TestImage::new(1));
-    assert_eq!(wiring.manual_spawner().len(), 1);
+    let (wiring, device, _) = started(TestWiring::new(memory()).with_doorbells(), &TestImage::new(1));
+    assert_eq!((wiring.manual_spawner().len(), wiring.doorbells_bound()), (1, 1));
     drop(device);
-    assert!(wiring.manual_spawner().is_empty());
+    assert_eq!((wiring.manual_spawner().len(), wiring.doorbells_bound()), (0, 0));
 }
 
 #[test]

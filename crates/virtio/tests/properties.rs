@@ -95,7 +95,7 @@ fn perform(machine: &mut Machine, act: Act) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn a_device_survives_any_driver_from_the_very_start(acts in prop::collection::vec(act(), 0..100)) {

@@ -1,5 +1,5 @@
 //! The split queue as a device uses it, against drivers good and bad.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;
 
@@ -333,7 +333,7 @@ fn queue_sizes_that_are_no_powers_of_two_or_too_large_are_refused() {
 fn rings_that_are_misaligned_or_not_in_memory_are_refused() {
     let mem = memory();
     let good = Ring::new(&mem, 64).config;
-    let bad_everywhere = [HOLE, HOLE - 16, REGISTERS, RAM_END - 16, SEAM - 16, u64::MAX & !0xf, 1 << 63];
+    let bad_everywhere = [HOLE, HOLE - 16, REGISTERS, RAM_END - 16, SEAM - 16, !0xf, 1 << 63];
     let refused = |config: QueueConfig, part: &str| {
         let error = VirtQueue::new(config, MAX, 0, &mem.view()).unwrap_err().to_string();
         assert!(error.starts_with(part), "{error}");

@@ -4,8 +4,8 @@
 //! slow; and the work, which reads the input. A vCPU that waits for a slow sink holds only the sink, so input and its escape
 //! sequences still work. Lock order: sink, then registers.
 //!
-//! A guest writes a byte per access. Output is gathered up to a line, or for [`FLUSH_DELAY`] so that a prompt without a
-//! newline shows at once to a person. A port whose work nobody drives writes each byte by itself.
+//! A guest writes a byte per access. The first byte after a pause is written at once; what follows within [`FLUSH_DELAY`] is
+//! gathered up to a line, or to the end of the delay so that a prompt without a newline shows at once to a person. A port whose work nobody drives writes each byte by itself.
 
 mod escape;
 mod input;
@@ -88,21 +88,33 @@ impl Driver {
     }
 }
 
+/// When output is to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    /// Now, on this thread.
+    Now,
+    /// Now if nobody else is writing; the timer sees to it otherwise. This is the first byte after a pause.
+    IfFree,
+    /// There is none, or the timer is running.
+    Later,
+}
+
 struct Registers {
     uart: Uart,
     driver: Option<Driver>,
 }
 
 impl Registers {
-    /// Whether output is to be written now; if not, there is none or it will be, soon.
-    fn flush_is_due(&mut self) -> bool {
+    /// When the pending output is to be written.
+    fn due(&mut self) -> Due {
         let pending = self.uart.pending();
-        let (Some(last), len) = (pending.last(), pending.len()) else { return false };
+        let (Some(last), len) = (pending.last(), pending.len()) else { return Due::Later };
         let whole = *last == b'\n' || len >= LONG_LINE;
-        match &mut self.driver {
-            Some(driver) if !whole => !driver.armed && !driver.arm(FLUSH_DELAY),
-            _ => true,
+        let Some(driver) = self.driver.as_mut().filter(|_| !whole) else { return Due::Now };
+        if driver.armed {
+            return Due::Later;
         }
+        if driver.arm(FLUSH_DELAY) { Due::IfFree } else { Due::Now }
     }
 
     /// Has the work read on once half the backlog is free.
@@ -223,16 +235,22 @@ impl IoDevice for Serial {
 
     fn write(&self, offset: u64, data: &[u8]) -> Access {
         let first = isa::first_port(offset, data.len(), PORTS)?;
-        let due = {
+        let when = {
             let mut registers = self.registers();
             for (port, byte) in (first..PORTS).zip(data) {
                 registers.uart.write(port, *byte);
             }
             registers.unthrottle();
-            registers.flush_is_due()
+            registers.due()
         };
-        if due {
-            self.flush();
+        match when {
+            Due::Now => self.flush(),
+            Due::IfFree => {
+                if let Ok(mut sink) = self.sink.try_lock() {
+                    self.drain(&mut sink);
+                }
+            }
+            Due::Later => {}
         }
         Ok(())
     }

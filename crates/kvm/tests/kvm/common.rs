@@ -141,7 +141,8 @@ impl Watchdog {
         let (alive, told) = mpsc::channel();
         std::thread::spawn(move || {
             if told.recv_timeout(Duration::from_secs(60)) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("{test}: hangs");
+                // Past the harness, which would keep the message of `eprintln!` to itself.
+                std::io::stderr().write_all(format!("{test} hangs\n").as_bytes()).unwrap();
                 std::process::abort();
             }
         });

@@ -118,26 +118,23 @@ fn kick_during_completion_of_an_exit_waits_for_the_next_run() {
 /// Kicks as fast as the vCPU answers, each kick with a new number; the vCPU's owner must see every number.
 ///
 /// After each exit `after_exit` is called.
-fn hammer(vcpu: &mut KvmVcpu, mut after_exit: impl FnMut(&mut KvmVcpu)) -> u32 {
+fn hammer(vcpu: &mut KvmVcpu, mut after_exit: impl FnMut(&mut KvmVcpu)) {
+    const AT_LEAST: u32 = 30;
     let (asked, answered) = (AtomicU32::new(0), AtomicU32::new(0));
-    let stop = AtomicBool::new(false);
+    let (stop, lost) = (AtomicBool::new(false), AtomicU32::new(0));
     let kicker = vcpu.kicker();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let start = Instant::now();
             let mut n = 0;
-            while start.elapsed() < Duration::from_secs(2) {
+            while n < AT_LEAST || start.elapsed() < Duration::from_secs(1) {
                 n += 1;
                 // No ordering: the kick itself must carry the number over.
                 asked.store(n, Ordering::Relaxed);
                 kicker.kick();
-                let kicked = Instant::now();
-                while answered.load(Ordering::Acquire) != n {
-                    assert!(kicked.elapsed() < Duration::from_secs(20), "kick {n} was lost");
-                    // So that the phase in which the kick arrives varies.
-                    if n % 3 == 0 {
-                        std::thread::yield_now();
-                    }
+                if !happens(|| answered.load(Ordering::Acquire) == n) {
+                    lost.store(n, Ordering::Relaxed);
+                    break;
                 }
             }
             stop.store(true, Ordering::Relaxed);
@@ -151,7 +148,20 @@ fn hammer(vcpu: &mut KvmVcpu, mut after_exit: impl FnMut(&mut KvmVcpu)) -> u32 {
             }
         }
     });
-    answered.load(Ordering::Relaxed)
+    assert_eq!(lost.into_inner(), 0, "number of the kick that was lost");
+}
+
+/// Whether `condition` comes true in a time that is long for any kick.
+fn happens(condition: impl Fn() -> bool) -> bool {
+    let start = Instant::now();
+    while !condition() {
+        if start.elapsed() > Duration::from_secs(20) {
+            return false;
+        }
+        // The vCPU may need this processor.
+        std::thread::yield_now();
+    }
+    true
 }
 
 #[test]
@@ -159,7 +169,7 @@ fn no_kick_of_a_spinning_guest_is_lost() {
     let Some(kvm) = kvm("no_kick_of_a_spinning_guest_is_lost") else { return };
     let _watchdog = Watchdog::new("no_kick_of_a_spinning_guest_is_lost");
     let machine = Machine::new(&kvm, &SPIN);
-    assert!(hammer(&mut machine.vcpu(0), |_| ()) > 100);
+    hammer(&mut machine.vcpu(0), |_| ());
 }
 
 #[test]
@@ -167,7 +177,7 @@ fn no_kick_of_a_guest_that_exits_all_the_time_is_lost() {
     let Some(kvm) = kvm("no_kick_of_a_guest_that_exits_all_the_time_is_lost") else { return };
     let _watchdog = Watchdog::new("no_kick_of_a_guest_that_exits_all_the_time_is_lost");
     let machine = Machine::new(&kvm, &PORT_LOOP);
-    assert!(hammer(&mut machine.vcpu(0), |_| ()) > 100);
+    hammer(&mut machine.vcpu(0), |_| ());
 }
 
 #[test]
@@ -175,7 +185,7 @@ fn no_kick_is_lost_to_the_completion_of_exits() {
     let Some(kvm) = kvm("no_kick_is_lost_to_the_completion_of_exits") else { return };
     let _watchdog = Watchdog::new("no_kick_is_lost_to_the_completion_of_exits");
     let machine = Machine::new(&kvm, &PORT_LOOP);
-    assert!(hammer(&mut machine.vcpu(0), |vcpu| vcpu.complete_exit().unwrap()) > 100);
+    hammer(&mut machine.vcpu(0), |vcpu| vcpu.complete_exit().unwrap());
 }
 
 #[test]
@@ -184,7 +194,7 @@ fn no_kick_of_a_halted_vcpu_is_lost() {
     let _watchdog = Watchdog::new("no_kick_of_a_halted_vcpu_is_lost");
     let machine = Machine::new(&kvm, &HALT);
     machine.vm.irq_chip().unwrap();
-    assert!(hammer(&mut machine.vcpu(0), |_| ()) > 100);
+    hammer(&mut machine.vcpu(0), |_| ());
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! The driver's side of a virtio-mmio device, for tests: registers, a split queue, and memory with holes in it.
-#![expect(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 #![expect(dead_code, reason = "no test file uses all of it")]
 
 use std::io;
