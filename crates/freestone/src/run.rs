@@ -150,7 +150,12 @@ fn images(args: &Run) -> Result<Vec<Arc<dyn Image>>, Failure> {
         images.push(Arc::new(demo::disk()?));
     }
     for DiskSpec { path, read_only } in &args.disks {
-        images.push(Arc::new(RawImage::open(path, RawOptions::new().read_only(*read_only))?));
+        let image = RawImage::open(path, RawOptions::new().read_only(*read_only))?;
+        if image.unused_bytes() != 0 {
+            let unused = image.unused_bytes();
+            tracing::warn!(disk = ?path, "the last {unused} bytes are less than a sector and not part of the disk");
+        }
+        images.push(Arc::new(image));
     }
     Ok(images)
 }
