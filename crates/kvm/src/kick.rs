@@ -20,7 +20,7 @@
 use std::cell::Cell;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -107,26 +107,22 @@ impl Kick for KickState {
     }
 }
 
-/// Counts how often this process is the child of a fork: there, thread numbers are others.
-static FORKS: AtomicU32 = AtomicU32::new(1);
-
 thread_local! {
-    /// Number of this thread, and the value of `FORKS` when it was asked for.
-    static THREAD: Cell<(u32, libc::pid_t)> = const { Cell::new((0, 0)) };
+    /// Number of this thread once it is ready to be kicked, else 0.
+    static THREAD: Cell<libc::pid_t> = const { Cell::new(0) };
 }
 
 /// The number of this thread, which is ready to be kicked.
 #[inline]
 fn current_thread() -> libc::pid_t {
-    let forks = FORKS.load(Ordering::Relaxed);
     match THREAD.get() {
-        (seen, thread) if seen == forks => thread,
-        _ => prepare_thread(forks),
+        0 => prepare_thread(),
+        thread => thread,
     }
 }
 
 #[cold]
-fn prepare_thread(forks: u32) -> libc::pid_t {
+fn prepare_thread() -> libc::pid_t {
     if let Ok(signal) = kick_signal() {
         // A parent thread may have blocked every signal, and a kick must get through.
         let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
@@ -139,14 +135,15 @@ fn prepare_thread(forks: u32) -> libc::pid_t {
     }
     // SAFETY: has no preconditions.
     let thread = unsafe { libc::gettid() };
-    THREAD.set((forks, thread));
+    THREAD.set(thread);
     thread
 }
 
 extern "C" fn on_kick(_: libc::c_int) {}
 
+/// The child of a fork has one thread, the one that this runs on, and its number is another.
 extern "C" fn in_forked_child() {
-    FORKS.fetch_add(1, Ordering::Relaxed);
+    THREAD.set(0);
 }
 
 /// The signal that kicks: the first real-time signal nobody uses. Its handler is installed by the first call.
@@ -154,7 +151,7 @@ fn kick_signal() -> Result<libc::c_int> {
     static SIGNAL: OnceLock<Option<libc::c_int>> = OnceLock::new();
     SIGNAL
         .get_or_init(|| {
-            // SAFETY: the handler only adds to an atomic, which is allowed in the child of a fork.
+            // SAFETY: the handler only sets a thread-local without a destructor, which is allowed in the child of a fork.
             unsafe { libc::pthread_atfork(None, None, Some(in_forked_child)) };
             (libc::SIGRTMIN()..=libc::SIGRTMAX()).find(|&signal| claim(signal))
         })

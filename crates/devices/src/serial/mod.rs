@@ -93,8 +93,8 @@ impl Driver {
 enum Due {
     /// Now, on this thread.
     Now,
-    /// Now if nobody else is writing; the timer sees to it otherwise. This is the first byte after a pause.
-    IfFree,
+    /// Now if nobody else is writing, and the timer is to be started: this is the first byte after a pause.
+    First,
     /// There is none, or the timer is running.
     Later,
 }
@@ -111,10 +111,7 @@ impl Registers {
         let (Some(last), len) = (pending.last(), pending.len()) else { return Due::Later };
         let whole = *last == b'\n' || len >= LONG_LINE;
         let Some(driver) = self.driver.as_mut().filter(|_| !whole) else { return Due::Now };
-        if driver.armed {
-            return Due::Later;
-        }
-        if driver.arm(FLUSH_DELAY) { Due::IfFree } else { Due::Now }
+        if driver.armed { Due::Later } else { Due::First }
     }
 
     /// Has the work read on once half the backlog is free.
@@ -245,9 +242,17 @@ impl IoDevice for Serial {
         };
         match when {
             Due::Now => self.flush(),
-            Due::IfFree => {
+            Due::First => {
+                // The byte goes first and the timer second: somebody may be waiting for that byte.
                 if let Ok(mut sink) = self.sink.try_lock() {
                     self.drain(&mut sink);
+                }
+                let armed = match &mut self.registers().driver {
+                    Some(driver) => driver.armed || driver.arm(FLUSH_DELAY),
+                    None => false,
+                };
+                if !armed {
+                    self.flush();
                 }
             }
             Due::Later => {}
