@@ -91,13 +91,13 @@ pub struct BusView {
 }
 
 impl BusView {
-    #[inline]
+    #[inline(always)]
     fn find(&mut self, addr: u64, len: usize) -> std::result::Result<(&dyn IoDevice, u64), AccessError> {
         let map = self.map.load();
         let entry = match map.get(self.last) {
             Some(entry) if (entry.first..=entry.last).contains(&addr) => entry,
             _ => {
-                self.last = map.partition_point(|e| e.last < addr);
+                self.last = search(map, addr);
                 map.get(self.last).filter(|e| e.first <= addr).ok_or(AccessError::Unclaimed)?
             }
         };
@@ -129,6 +129,12 @@ impl BusView {
         let (device, offset) = self.find(addr, data.len())?;
         device.write(offset, data)
     }
+}
+
+/// The first entry that ends at or behind `addr`. Apart, so that a hit of the last entry stays in few cache lines.
+#[inline(never)]
+fn search(map: &Map, addr: u64) -> usize {
+    map.partition_point(|e| e.last < addr)
 }
 
 /// As `fill(0xff)`, without a call for the widths that hardware has.

@@ -58,7 +58,7 @@ impl KvmVcpu {
         unsafe { self.page.immediate_exit().as_ref() }
     }
 
-    #[inline]
+    #[inline(always)]
     fn enter(&mut self) -> io::Result<Returned> {
         // SAFETY: the descriptor is a vCPU's. The kernel writes to the run page, to which `&mut self` leaves no other
         // reference, and to guest memory, which `_vm` keeps mapped and which is only accessed as volatile.
@@ -90,7 +90,7 @@ impl Vcpu for KvmVcpu {
 
     /// May be called on any thread; the first call on a thread unblocks the signal by which [`Vcpu::kicker`] interrupts it.
     /// A caller that blocks that signal afterwards makes kicks late.
-    #[inline]
+    #[inline(always)]
     fn run(&mut self) -> Result<Exit<'_>> {
         if self.unseen_exit {
             self.unseen_exit = false;

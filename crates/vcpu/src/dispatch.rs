@@ -174,7 +174,7 @@ impl Dispatcher {
     ///
     /// # Errors
     /// As [`step`](Self::step).
-    #[inline]
+    #[inline(always)]
     pub fn step_observed<V, O>(&mut self, vcpu: &mut V, observer: &mut O) -> Result<Step>
     where
         V: Vcpu + ?Sized,
@@ -190,7 +190,7 @@ impl Dispatcher {
     }
 
     /// Handles one exit.
-    #[inline]
+    #[inline(always)]
     pub fn handle(&mut self, exit: Exit<'_>) -> Step {
         match exit {
             // String instructions come as one exit; each access goes to the same port.
@@ -220,6 +220,7 @@ impl Dispatcher {
     }
 
     /// Everything that is not an access to a device.
+    #[cold]
     fn handle_rare(exit: Exit<'_>) -> Step {
         match exit {
             Exit::Hypercall { ret, .. } => {

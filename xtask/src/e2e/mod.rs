@@ -1,0 +1,287 @@
+//! End-to-end tests: Debian's kernel, unchanged, in the reference VMM.
+//!
+//! A case is a command line, a dialogue on the console, the exit status that must come, and checks on the disks
+//! afterwards. Cases are in [`cases`]; this module runs them, some at a time, on a [`Machine`].
+
+mod cases;
+
+use std::collections::VecDeque;
+use std::fs;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::console::Console;
+use crate::machine::{Asset, Machine, Start};
+use crate::repo;
+use crate::report::Report;
+
+/// The cases that have one of `names` in their name; all of them when there are no names.
+pub fn named(names: &[String]) -> Vec<Case> {
+    let mut all = cases::all();
+    all.retain(|case| names.is_empty() || names.iter().any(|name| case.name.contains(name.as_str())));
+    all
+}
+
+/// How long a case may take, dilated as time is in the lab.
+const CASE_LIMIT: Duration = Duration::from_secs(300);
+/// How many lines of a failed case's console are shown; all of them are in its log file.
+const SHOWN_LINES: usize = 40;
+
+/// What a disk of the guest holds at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disk {
+    /// A copy of the root disk.
+    Root,
+    /// A copy of the root disk that the VMM is told to protect.
+    ReadOnlyRoot,
+    /// One MiB that begins with this text.
+    Text(&'static str),
+}
+
+/// What a case starts.
+#[derive(Debug, Clone, Copy)]
+pub enum Job {
+    /// A Linux guest.
+    Linux {
+        /// [`Asset::BzImage`] or [`Asset::Vmlinux`].
+        kernel: Asset,
+        /// Count of vCPUs.
+        cpus: u32,
+        /// Memory as the command line takes it.
+        memory: &'static str,
+        /// What the guest does: the value of `freestone.test`, and more words for the kernel after a space.
+        scenario: &'static str,
+        /// The disks, `/dev/vda` first.
+        disks: &'static [Disk],
+    },
+    /// A shell script on the machine. In it, `$VMM`, `$KERNEL` and `$INITRD` are paths, and the current directory is empty.
+    Script(&'static str),
+}
+
+/// An end-to-end test.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    /// The test's name.
+    pub name: &'static str,
+    /// What is started.
+    pub job: Job,
+    /// The dialogue on the console. Standard input is closed after it.
+    pub dialogue: fn(&mut Console) -> Result<()>,
+    /// The exit status that must come.
+    pub status: i32,
+    /// Looks at the console's transcript and the disks afterwards.
+    pub check: fn(&After<'_>) -> Result<()>,
+}
+
+/// What is left when the VMM has ended.
+#[derive(Debug)]
+pub struct After<'a> {
+    machine: &'a Machine,
+    dir: String,
+    /// What was written on the console.
+    pub transcript: String,
+}
+
+impl After<'_> {
+    /// The rest of each line `GUEST KEY ...` of the console.
+    pub fn lines(&self, key: &str) -> Vec<&str> {
+        let said = self.transcript.lines().filter_map(|line| line.trim().strip_prefix("GUEST "));
+        said.filter_map(|line| line.strip_prefix(key)).map(str::trim).collect()
+    }
+
+    /// Fails unless the console has `text`.
+    pub fn console_has(&self, text: &str) -> Result<()> {
+        if !self.transcript.contains(text) {
+            bail!("the console lacks {text:?}");
+        }
+        Ok(())
+    }
+
+    /// Fails unless the file system on disk `disk` is clean.
+    pub fn clean(&self, disk: usize) -> Result<()> {
+        let path = self.disk(disk);
+        self.machine.sh(&format!("e2fsck -fn {path}")).map(drop)
+    }
+
+    /// Replays the journal of disk `disk`, as the next boot would; for a guest that ended without unmounting.
+    pub fn replay_journal(&self, disk: usize) -> Result<()> {
+        let path = self.disk(disk);
+        self.machine.sh(&format!("e2fsck -fp {path}; test $? -le 1")).map(drop)
+    }
+
+    /// The content of a file in the file system on disk `disk`.
+    pub fn file(&self, disk: usize, file: &str) -> Result<String> {
+        let path = self.disk(disk);
+        self.machine.sh(&format!("debugfs -R 'cat {file}' {path} 2>/dev/null"))
+    }
+
+    /// The first bytes of disk `disk`.
+    pub fn head(&self, disk: usize, count: usize) -> Result<String> {
+        let path = self.disk(disk);
+        self.machine.sh(&format!("head -c {count} {path}"))
+    }
+
+    /// Fails unless disk `disk` is byte by byte what the root disk was at first.
+    pub fn is_untouched(&self, disk: usize) -> Result<()> {
+        let (path, original) = (self.disk(disk), self.machine.asset(Asset::RootDisk));
+        self.machine.sh(&format!("cmp {path} {original}")).map(drop)
+    }
+
+    fn disk(&self, disk: usize) -> String {
+        disk_path(&self.dir, disk)
+    }
+}
+
+fn disk_path(dir: &str, disk: usize) -> String {
+    format!("{dir}/disk{disk}.img")
+}
+
+/// How cases are run.
+#[derive(Debug, Default, Clone, Copy, Args)]
+pub struct Settings {
+    /// How many end-to-end cases run at a time.
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// Show the guest kernel's messages on the consoles of the end-to-end cases, which makes them three times slower.
+    #[arg(long)]
+    kernel_log: bool,
+}
+
+/// Runs cases, each worker on a machine of its own. A machine that dies in a case is replaced.
+pub fn run(start: &Start, cases: Vec<Case>, settings: Settings, report: &mut Report) -> Result<()> {
+    let jobs = settings.jobs.clamp(1, cases.len().max(1));
+    let queue = Mutex::new(VecDeque::from(cases));
+    let report = Mutex::new(report);
+    thread::scope(|scope| {
+        let workers: Vec<_> =
+            (0..jobs).map(|_| scope.spawn(|| work(start, &queue, settings, &report))).collect();
+        workers
+            .into_iter()
+            .try_for_each(|worker| worker.join().unwrap_or_else(|_| bail!("a worker panicked")))
+    })
+}
+
+/// Runs cases of the queue until it is empty.
+fn work(
+    start: &Start,
+    queue: &Mutex<VecDeque<Case>>,
+    settings: Settings,
+    report: &Mutex<&mut Report>,
+) -> Result<()> {
+    let mut machine = start.machine()?;
+    while let Some(case) = next(queue) {
+        let started = Instant::now();
+        let mut result = run_case(&machine, &case, settings.kernel_log);
+        if let Some(death) = machine.death() {
+            result = result.context(death);
+            machine = start.machine()?;
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let name = format!("e2e::{}", case.name);
+        let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
+        match result {
+            Ok(()) => {
+                println!("        PASS [{seconds:7.1} s] {name} ({})", machine.name());
+                report.pass(1);
+            }
+            Err(error) => {
+                println!("        FAIL [{seconds:7.1} s] {name} ({}): {error:#}", machine.name());
+                report.fail(name, format!("{error:#}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn next(queue: &Mutex<VecDeque<Case>>) -> Option<Case> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+}
+
+/// Runs one case; the error is the reason of its failure.
+fn run_case(machine: &Machine, case: &Case, kernel_log: bool) -> Result<()> {
+    let dir = machine.work_dir(case.name)?;
+    let argv = command_line(machine, case, kernel_log, &dir)?;
+    let mut console = Console::new(machine.spawn(&argv)?, CASE_LIMIT, false);
+    let ended = converse(&mut console, case.dialogue);
+    let log = repo::lab_dir()?.join("e2e").join(case.name).with_extension("log");
+    fs::create_dir_all(log.parent().unwrap_or(&log))
+        .with_context(|| format!("creating {}", log.display()))?;
+    let transcript = console.transcript();
+    fs::write(&log, format!("{}\n{transcript}", argv.join(" ")))
+        .with_context(|| format!("writing {}", log.display()))?;
+
+    let after = After { machine, dir, transcript };
+    let result = ended.and_then(|status| {
+        if status != case.status {
+            bail!("the exit status is {status} instead of {}", case.status);
+        }
+        (case.check)(&after)
+    });
+    if result.is_err() {
+        let lines: Vec<_> = after.transcript.lines().collect();
+        let tail = lines.get(lines.len().saturating_sub(SHOWN_LINES)..).unwrap_or_default().join("\n    | ");
+        println!("    | {tail}\n    (the whole console: {})", log.display());
+    }
+    drop(machine.sh(&format!("rm -rf '{}'", after.dir)));
+    result
+}
+
+fn converse(console: &mut Console, dialogue: fn(&mut Console) -> Result<()>) -> Result<i32> {
+    dialogue(console)?;
+    console.close_input();
+    console.finish()
+}
+
+/// Makes the disks of a case and returns the command that it starts.
+fn command_line(machine: &Machine, case: &Case, kernel_log: bool, dir: &str) -> Result<Vec<String>> {
+    let (kernel, cpus, memory, scenario, disks) = match case.job {
+        Job::Linux { kernel, cpus, memory, scenario, disks } => (kernel, cpus, memory, scenario, disks),
+        Job::Script(script) => {
+            let (vmm, kernel) = (machine.vmm(), machine.asset(Asset::BzImage));
+            let initrd = machine.asset(Asset::Initramfs);
+            let script = format!("cd '{dir}'; VMM='{vmm}' KERNEL='{kernel}' INITRD='{initrd}'\n{script}");
+            return Ok(["sh", "-c", &script].map(str::to_owned).into());
+        }
+    };
+    let quiet = if kernel_log { "" } else { " quiet" };
+    let mut argv = linux(machine, kernel, cpus, memory, &format!("{scenario}{quiet}"));
+    for (number, disk) in disks.iter().enumerate() {
+        let path = disk_path(dir, number);
+        match disk {
+            Disk::Root | Disk::ReadOnlyRoot => {
+                machine.sh(&format!("cp {} {path}", machine.asset(Asset::RootDisk)))?;
+            }
+            Disk::Text(text) => {
+                machine.sh(&format!("printf '{text}' >{path} && truncate -s 1M {path}"))?;
+            }
+        }
+        let suffix = if *disk == Disk::ReadOnlyRoot { ",ro" } else { "" };
+        argv.extend(["--disk".to_owned(), format!("{path}{suffix}")]);
+    }
+    Ok(argv)
+}
+
+/// The command that boots the Linux guest, without its disks.
+pub fn linux(machine: &Machine, kernel: Asset, cpus: u32, memory: &str, scenario: &str) -> Vec<String> {
+    let cmdline = format!("console=ttyS0 panic=-1 freestone.test={scenario}");
+    [
+        &machine.vmm(),
+        "run",
+        "--kernel",
+        &machine.asset(kernel),
+        "--initrd",
+        &machine.asset(Asset::Initramfs),
+        "--cpus",
+        &cpus.to_string(),
+        "--memory",
+        memory,
+        "--cmdline",
+        &cmdline,
+    ]
+    .map(str::to_owned)
+    .into()
+}

@@ -1,0 +1,129 @@
+//! The Linux guest of the demonstration and of the end-to-end tests: its initramfs and its root disk.
+//!
+//! The initramfs holds busybox and the virtio drivers (modules in Debian's kernel). The root disk is an ext4 file system
+//! made by `mkfs.ext4 -d`, so no mount and no root rights are needed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::cpio::Archive;
+use crate::fetch::Fetched;
+use crate::repo;
+
+/// The guest's drivers, in the order in which they load. `pvpanic` tells the VMM of a kernel panic.
+const MODULES: [&str; 6] = [
+    "drivers/virtio/virtio_ring",
+    "drivers/virtio/virtio",
+    "drivers/virtio/virtio_mmio",
+    "drivers/block/virtio_blk",
+    "drivers/misc/pvpanic/pvpanic",
+    "drivers/misc/pvpanic/pvpanic-mmio",
+];
+
+/// Size of the root disk in bytes.
+const ROOT_DISK_SIZE: u64 = 24 << 20;
+
+/// The files from which the guest boots.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// The kernel as a bzImage.
+    pub bzimage: PathBuf,
+    /// The kernel as an uncompressed ELF image.
+    pub vmlinux: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+    /// The root disk as it is before the first boot.
+    pub root_disk: PathBuf,
+}
+
+/// Makes the guest's files from what was fetched.
+pub fn build(fetched: &Fetched) -> Result<Guest> {
+    let dir = repo::lab_dir()?.join("guest");
+    fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+    let guest = Guest {
+        bzimage: fetched.bzimage.clone(),
+        vmlinux: fetched.vmlinux.clone(),
+        initramfs: dir.join("initramfs.cpio"),
+        root_disk: dir.join("root.img"),
+    };
+    repo::write_atomically(&guest.initramfs, &initramfs(fetched)?)?;
+    root_disk(fetched, &guest.root_disk)?;
+    Ok(guest)
+}
+
+/// Adds kernel modules as `/modules/NAME.ko`, and their names in load order as `/modules/order`. Modules that this
+/// kernel does not have are left out.
+pub fn add_modules(archive: &mut Archive, from: &Path, modules: &[&str]) -> Result<()> {
+    let mut order = String::new();
+    for module in modules {
+        let path = from.join(module).with_added_extension("ko");
+        if !path.exists() {
+            repo::progress(format!("this kernel has no module {module}"));
+            continue;
+        }
+        let name = module.rsplit('/').next().unwrap_or(module);
+        archive.copy(&format!("/modules/{name}.ko"), 0o644, &path)?;
+        order.push_str(name);
+        order.push('\n');
+    }
+    archive.file("/modules/order", 0o644, order.as_bytes())
+}
+
+fn initramfs(fetched: &Fetched) -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    for dir in ["/bin", "/dev", "/proc", "/sys", "/root"] {
+        archive.dir(dir)?;
+    }
+    archive.char_device("/dev/console", 5, 1)?;
+    archive.copy("/bin/busybox", 0o755, &fetched.busybox)?;
+    archive.file("/init", 0o755, include_bytes!("initramfs.sh"))?;
+    add_modules(&mut archive, &fetched.modules, &MODULES)?;
+    archive.finish()
+}
+
+/// Makes the root disk at `path`.
+fn root_disk(fetched: &Fetched, path: &Path) -> Result<()> {
+    let tree = tempfile::tempdir().context("creating a temporary directory")?;
+    // The directory becomes the guest's `/`, which everybody there may read.
+    set_mode(tree.path(), 0o755)?;
+    for dir in ["bin", "sbin", "dev", "proc", "sys", "tmp", "root", "etc"] {
+        fs::create_dir(tree.path().join(dir)).with_context(|| format!("creating /{dir} of the root disk"))?;
+    }
+    fs::copy(&fetched.busybox, tree.path().join("bin/busybox")).context("copying busybox")?;
+    set_mode(&tree.path().join("bin/busybox"), 0o755)?;
+    for applet in APPLETS {
+        std::os::unix::fs::symlink("busybox", tree.path().join("bin").join(applet))
+            .with_context(|| format!("linking {applet}"))?;
+    }
+    fs::write(tree.path().join("sbin/init"), include_bytes!("init.sh")).context("writing /sbin/init")?;
+    set_mode(&tree.path().join("sbin/init"), 0o755)?;
+    fs::write(tree.path().join("etc/hostname"), "guest\n").context("writing /etc/hostname")?;
+
+    let image = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))
+        .with_context(|| format!("creating a file beside {}", path.display()))?;
+    image.as_file().set_len(ROOT_DISK_SIZE).with_context(|| format!("sizing {}", path.display()))?;
+    repo::output(
+        repo::program("mkfs.ext4")?
+            .args(["-q", "-F", "-L", "root", "-E", "root_owner=0:0,lazy_itable_init=0", "-d"])
+            .arg(tree.path())
+            .arg(image.path()),
+    )?;
+    image.persist(path).with_context(|| format!("renaming to {}", path.display()))?;
+    Ok(())
+}
+
+/// The commands of the root disk.
+const APPLETS: [&str; 40] = [
+    "sh", "ash", "cat", "cp", "cttyhack", "cut", "date", "dd", "df", "dmesg", "echo", "expr", "false",
+    "free", "grep", "head", "hostname", "ls", "md5sum", "mkdir", "mount", "mv", "nproc", "poweroff",
+    "printf", "ps", "reboot", "rm", "seq", "setsid", "sleep", "sort", "stty", "sync", "tail", "test", "true",
+    "umount", "uname", "uniq",
+];
+
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        .with_context(|| format!("setting the mode of {}", path.display()))
+}
