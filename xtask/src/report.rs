@@ -24,7 +24,7 @@ impl Report {
 
     /// Counts a test that was not run.
     pub fn skip(&mut self, name: impl Into<String>, reason: impl Into<String>) {
-        self.skipped.insert(name.into(), reason.into());
+        self.skipped.insert(name.into(), reason.into().replace('\n', "; "));
     }
 
     /// Counts tests that a test runner took for passed but that wrote into the skip log that they were not run.

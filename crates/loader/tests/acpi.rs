@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::io::Write;
 use std::process::Command;
 
 use common::{MIB, bytes_at, le32, le64, memory};
@@ -221,20 +220,11 @@ fn memory_too_small_for_the_tables_is_refused() {
     assert!(message.starts_with("cannot write ACPI tables"), "{message}");
 }
 
-/// Says that a test did not run, and why.
-fn skip(name: &str, reason: &str) {
-    println!("SKIP {name}: {reason}");
-    if let Some(path) = std::env::var_os("FREESTONE_SKIP_LOG") {
-        let mut log = std::fs::OpenOptions::new().append(true).create(true).open(path).unwrap();
-        writeln!(log, "{name}\t{reason}").unwrap();
-    }
-}
-
 #[test]
 fn acpica_decompiles_and_recompiles_all_tables_without_complaint() {
     let name = "acpica_decompiles_and_recompiles_all_tables_without_complaint";
     if Command::new("iasl").arg("-v").output().is_err() {
-        return skip(name, "iasl is not installed (Debian package acpica-tools)");
+        return freestone_testkit::skip(name, "iasl is not installed (Debian package acpica-tools)");
     }
     let mut config = machine();
     config.devices.push(AmlDevice {

@@ -9,6 +9,7 @@ use freestone_hypervisor::x86::{Regs, Segment};
 use freestone_hypervisor::{CpuState, Exit, Hypervisor, MapFlags, Vcpu, Vm};
 use freestone_kvm::{Kvm, KvmVcpu, KvmVm};
 use freestone_memory::{Bytes, GuestAddress, GuestMem};
+pub use freestone_testkit::skip;
 
 /// Where guest code begins.
 pub const ENTRY: u64 = 0x1000;
@@ -28,15 +29,6 @@ pub fn kvm(test: &str) -> Option<Kvm> {
             skip(test, &error.to_string());
             None
         }
-    }
-}
-
-pub fn skip(test: &str, reason: &str) {
-    println!("SKIP {test}: {reason}");
-    if let Some(path) = std::env::var_os("FREESTONE_SKIP_LOG") {
-        let mut log = std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
-        // One write, so that the lines of tests that run at once do not mix.
-        log.write_all(format!("{test}\t{reason}\n").as_bytes()).unwrap();
     }
 }
 
