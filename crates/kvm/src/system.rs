@@ -22,6 +22,9 @@ pub const DEFAULT_DEVICE: &str = "/dev/kvm";
 /// CPUID leaf 1, ECX: the local APIC's timer has a TSC deadline mode (Intel SDM, volume 2, CPUID).
 const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 
+/// CPUID leaves with the processor's name (AMD APM, volume 3, appendix E.4.3).
+const BRAND_LEAVES: std::ops::RangeInclusive<u32> = 0x8000_0002..=0x8000_0004;
+
 /// The KVM of this host. Cheap to clone; all clones share one file descriptor.
 ///
 /// [`AsFd`] gives the descriptor for calls that this crate has not.
@@ -124,7 +127,19 @@ impl Hypervisor for Kvm {
             ecx: entry.ecx | if deadline && entry.function == 1 { LEAF_1_ECX_TSC_DEADLINE } else { 0 },
             edx: entry.edx,
         });
-        Ok(self.0.cpuid.get_or_init(|| leaves.collect()).clone())
+        let mut leaves: Vec<_> = leaves.collect();
+        fill_in_brand(&mut leaves);
+        Ok(self.0.cpuid.get_or_init(|| leaves).clone())
+    }
+}
+
+/// Takes the processor's name from the processor: KVM gives the leaves that hold it, but empty.
+fn fill_in_brand(leaves: &mut [CpuidLeaf]) {
+    for leaf in leaves.iter_mut().filter(|leaf| BRAND_LEAVES.contains(&leaf.function)) {
+        if (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) == (0, 0, 0, 0) {
+            let answer = std::arch::x86_64::__cpuid(leaf.function);
+            (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (answer.eax, answer.ebx, answer.ecx, answer.edx);
+        }
     }
 }
 

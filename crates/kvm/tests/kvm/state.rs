@@ -108,6 +108,25 @@ fn supported_cpuid_is_told_and_can_be_set() {
 }
 
 #[test]
+fn supported_cpuid_has_the_name_of_the_processor_and_its_deadline_timer() {
+    let Some(kvm) = kvm("supported_cpuid_has_the_name_of_the_processor_and_its_deadline_timer") else {
+        return;
+    };
+    let leaves = kvm.supported_cpuid().unwrap();
+    let leaf = |function| leaves.iter().find(|leaf| leaf.function == function);
+    let name = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let name =
+        name.lines().find_map(|l| l.strip_prefix("model name")).unwrap().trim_start_matches(['\t', ':', ' ']);
+    let first = leaf(0x8000_0002).unwrap().eax.to_le_bytes();
+    assert!(name.as_bytes().starts_with(&first), "{name} {first:?}");
+    let deadline = freestone_kvm::probe::probe()
+        .capabilities
+        .iter()
+        .any(|c| c.name == "KVM_CAP_TSC_DEADLINE_TIMER" && c.present());
+    assert_eq!(leaf(1).unwrap().ecx & 1 << 24 != 0, deadline);
+}
+
+#[test]
 fn too_many_cpuid_leaves_are_refused() {
     let Some(kvm) = kvm("too_many_cpuid_leaves_are_refused") else { return };
     let error = Machine::new(&kvm, &[]).vcpu(0).set_cpuid(&[CpuidLeaf::default(); 257]).unwrap_err();

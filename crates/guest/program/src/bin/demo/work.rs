@@ -119,8 +119,8 @@ fn cmos(register: u8) -> u8 {
 /// Reads date and time from the CMOS clock.
 pub fn clock(report: &mut Report) {
     let mut before = None;
-    // Equal twice in a row and no update in progress: not torn. A second cannot change that often.
-    for _ in 0..16 {
+    // Equal twice in a row and no update in progress: not torn. An update takes 2 ms; many polls fit in that.
+    for _ in 0..10_000 {
         if cmos(0x0A) & 0x80 != 0 {
             continue;
         }
