@@ -3,6 +3,7 @@
 use freestone_hypervisor::x86::{CpuidLeaf, MpState, Msr, Regs};
 use freestone_hypervisor::{CpuState, Error, Hypervisor, Vm};
 use freestone_kvm::probe::probe;
+use freestone_kvm::probe::probe;
 
 use crate::common::*;
 
@@ -119,10 +120,7 @@ fn supported_cpuid_has_the_name_of_the_processor_and_its_deadline_timer() {
         name.lines().find_map(|l| l.strip_prefix("model name")).unwrap().trim_start_matches(['\t', ':', ' ']);
     let first = leaf(0x8000_0002).unwrap().eax.to_le_bytes();
     assert!(name.as_bytes().starts_with(&first), "{name} {first:?}");
-    let deadline = freestone_kvm::probe::probe()
-        .capabilities
-        .iter()
-        .any(|c| c.name == "KVM_CAP_TSC_DEADLINE_TIMER" && c.present());
+    let deadline = probe().capabilities.iter().any(|c| c.name == "KVM_CAP_TSC_DEADLINE_TIMER" && c.present());
     assert_eq!(leaf(1).unwrap().ecx & 1 << 24 != 0, deadline);
 }
 
