@@ -3,7 +3,6 @@
 use freestone_hypervisor::x86::{CpuidLeaf, MpState, Msr, Regs};
 use freestone_hypervisor::{CpuState, Error, Hypervisor, Vm};
 use freestone_kvm::probe::probe;
-use freestone_kvm::probe::probe;
 
 use crate::common::*;
 
