@@ -156,11 +156,17 @@ fn disks_that_cannot_be_attached_are_named_with_the_reason() {
     let read_only = dir.path().join("ro.img");
     fs::write(&read_only, [0; 4096]).unwrap();
     fs::set_permissions(&read_only, fs::Permissions::from_mode(0o444)).unwrap();
-    // Root writes to files that nobody may write.
-    if File::options().write(true).open(&read_only).is_err() {
-        refused(&["run", "--disk", text(&read_only)], 1, &[text(&read_only), ",ro"]);
-    } else {
-        freestone_testkit::skip("a read-only disk image is refused", "root may write every file");
+    // Root may write every file, but not a program that is running.
+    let root = File::options().write(true).open(&read_only).is_ok();
+    let mut running = root.then(|| {
+        fs::copy("/bin/sleep", &read_only).unwrap();
+        fs::set_permissions(&read_only, fs::Permissions::from_mode(0o755)).unwrap();
+        Command::new(&read_only).arg("60").spawn().unwrap()
+    });
+    refused(&["run", "--disk", text(&read_only)], 1, &[text(&read_only), "writing", ",ro"]);
+    if let Some(running) = &mut running {
+        running.kill().unwrap();
+        running.wait().unwrap();
     }
 }
 
