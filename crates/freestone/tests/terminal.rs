@@ -83,11 +83,16 @@ fn no_kvm(test: &str) -> bool {
     freestone_testkit::dev_kvm_usable().inspect_err(|reason| freestone_testkit::skip(test, reason)).is_err()
 }
 
-/// A kernel file that echoes lines until one is `quit`.
-fn echo_guest() -> tempfile::NamedTempFile {
-    let mut file = tempfile::NamedTempFile::new().unwrap();
-    file.write_all(freestone_guest::ECHO).unwrap();
-    file
+/// A guest that echoes lines and has begun to, its terminal, and the mode that this had before.
+fn echo_on_a_terminal() -> (Terminal, Termios, Child) {
+    let mut terminal = Terminal::open();
+    let before = terminal.mode();
+    let mut kernel = tempfile::NamedTempFile::new().unwrap();
+    kernel.write_all(freestone_guest::ECHO).unwrap();
+    let child = terminal.spawn(&["run", "--kernel", kernel.path().to_str().unwrap()]);
+    // The kernel is in guest memory by then, and its file may go.
+    terminal.expect("end with quit");
+    (terminal, before, child)
 }
 
 #[test]
@@ -109,11 +114,7 @@ fn the_terminal_is_raw_while_the_guest_runs_and_ctrl_a_x_ends_it() {
     if no_kvm("the_terminal_is_raw_while_the_guest_runs_and_ctrl_a_x_ends_it") {
         return;
     }
-    let mut terminal = Terminal::open();
-    let before = terminal.mode();
-    let kernel = echo_guest();
-    let child = terminal.spawn(&["run", "--kernel", kernel.path().to_str().unwrap()]);
-    terminal.expect("end with quit");
+    let (mut terminal, before, child) = echo_on_a_terminal();
     assert!(terminal.is_raw());
     // Ctrl-C is the guest's, not ours.
     terminal.ours.write_all(b"\x03typed\r").unwrap();
@@ -128,11 +129,7 @@ fn a_signal_ends_the_machine_in_order_and_the_terminal_is_restored() {
     if no_kvm("a_signal_ends_the_machine_in_order_and_the_terminal_is_restored") {
         return;
     }
-    let mut terminal = Terminal::open();
-    let before = terminal.mode();
-    let kernel = echo_guest();
-    let child = terminal.spawn(&["run", "--kernel", kernel.path().to_str().unwrap()]);
-    terminal.expect("end with quit");
+    let (terminal, before, child) = echo_on_a_terminal();
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     assert_eq!(wait(child), Some(130));
     terminal.assert_restored(&before);

@@ -399,7 +399,10 @@ pub fn virtio_mmio(make: impl Fn() -> Box<dyn Plug>) -> Result<()> {
 /// # use freestone_bus::{Device, Plug, Wiring};
 /// # struct MyDevice;
 /// # impl Plug for MyDevice {
-/// #     fn plug(self: Box<Self>, _: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> { unimplemented!() }
+/// #     fn plug(self: Box<Self>, _: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> { Ok(self) }
+/// # }
+/// # impl Device for MyDevice {
+/// #     fn name(&self) -> &str { "mine" }
 /// # }
 /// freestone_testkit::virtio_mmio_conformance!(my_device, || Box::new(super::MyDevice));
 /// # fn main() {}

@@ -25,10 +25,11 @@ while [ ! -b /dev/vda ]; do
 	fi
 	sleep 0.1
 done
-mount -t ext4 -o "$mode" /dev/vda /root || {
+mkdir -p /newroot
+mount -t ext4 -o "$mode" /dev/vda /newroot || {
 	echo "GUEST the root disk cannot be mounted"
 	poweroff -f
 }
 umount /proc
-mount --move /dev /root/dev
-exec switch_root /root /sbin/init
+mount --move /dev /newroot/dev
+exec switch_root /newroot /sbin/init
