@@ -2,8 +2,11 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::sync::Arc;
 
 use freestone_memory::MemorySlice;
+
+use crate::queue::{Engine, IoQueue};
 
 /// Bytes in a sector: the unit of sizes and offsets of disks.
 pub const SECTOR_SIZE: u64 = 512;
@@ -38,4 +41,64 @@ pub trait Image: Send + Sync + Debug {
     /// # Errors
     /// Whatever the host says; the data may then be lost.
     fn flush(&self) -> io::Result<()>;
+
+    /// What else the image can do, and what it prefers. Never changes.
+    fn limits(&self) -> Limits {
+        Limits::default()
+    }
+
+    /// Gives `len` bytes from `offset` on back to the host. What they read as afterwards is unspecified, but it is never
+    /// another's data.
+    ///
+    /// # Errors
+    /// Whatever the host says; `Unsupported` if [`Limits::discard`] is false.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _ = (offset, len);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Makes `len` bytes from `offset` on read as zeroes. With `unmap`, their storage may be given back to the host.
+    ///
+    /// # Errors
+    /// Whatever the host says; `Unsupported` if [`Limits::write_zeroes`] is false.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let _ = (offset, len, unmap);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Looks at the image again, whose file may have been made larger or smaller, and returns the size in bytes, which
+    /// [`size`](Self::size) says from now on.
+    ///
+    /// # Errors
+    /// Whatever the host says; the size stays as it was.
+    fn refresh_size(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
+
+    /// A queue for asynchronous requests on this image, for one worker; `depth` requests may be in flight at once.
+    ///
+    /// # Errors
+    /// `Unsupported` if the image or the host does not have the engine; whatever the host says.
+    fn open_queue(self: Arc<Self>, engine: Engine, depth: u16) -> io::Result<Box<dyn IoQueue>>;
+}
+
+/// What an [`Image`] can do beyond reading and writing, and what it prefers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// [`Image::discard`] works.
+    pub discard: bool,
+    /// [`Image::write_zeroes`] works.
+    pub write_zeroes: bool,
+    /// Bytes in a physical block: writes of whole aligned blocks need no reading. A power of two, at least [`SECTOR_SIZE`].
+    pub physical_block: u32,
+    /// Bytes that requests are best aligned to and multiples of; 0: no preference.
+    pub optimal_io: u32,
+}
+
+impl Default for Limits {
+    /// Nothing but reading and writing, blocks of one sector.
+    fn default() -> Self {
+        Self { discard: false, write_zeroes: false, physical_block: 512, optimal_io: 0 }
+    }
 }

@@ -3,8 +3,10 @@
 
 mod error;
 mod image;
+mod queue;
 mod raw;
 
 pub use error::{Error, Result};
-pub use image::{Image, SECTOR_SIZE};
+pub use image::{Image, Limits, SECTOR_SIZE};
+pub use queue::{Engine, IoQueue, Op, Submitted, SyncQueue};
 pub use raw::{RawImage, RawOptions};

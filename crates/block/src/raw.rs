@@ -5,12 +5,14 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use freestone_memory::MemorySlice;
 use freestone_memory::io::{read_vectored_at, write_vectored_at};
 use rustix::fs::OFlags;
 
 use crate::image::{Image, SECTOR_SIZE};
+use crate::queue::{Engine, IoQueue, SyncQueue};
 use crate::{Error, Result};
 
 /// How to open a [`RawImage`].
@@ -168,6 +170,13 @@ impl Image for RawImage {
             return Ok(());
         }
         self.file.sync_data()
+    }
+
+    fn open_queue(self: Arc<Self>, engine: Engine, _depth: u16) -> io::Result<Box<dyn IoQueue>> {
+        match engine {
+            Engine::Auto | Engine::Sync => Ok(Box::new(SyncQueue::new(self))),
+            Engine::Uring => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 }
 

@@ -99,6 +99,41 @@ pub trait IrqChip: Send + Sync {
     /// # Errors
     /// If the line does not exist or cannot be claimed.
     fn edge(&self, gsi: u32) -> io::Result<Irq>;
+
+    /// Message-signalled interrupts, where the controller takes them.
+    fn msi(&self) -> Option<Arc<dyn MsiSource>> {
+        None
+    }
+}
+
+/// What a device writes to signal an interrupt without a line (PCI 3.0, section 6.8; on x86, Intel SDM Vol. 3A, 11.11).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MsiMessage {
+    /// Guest-physical address of the write.
+    pub address: u64,
+    /// Value written.
+    pub data: u32,
+}
+
+/// Makes routes for message-signalled interrupts.
+pub trait MsiSource: Send + Sync {
+    /// A route that leads nowhere yet.
+    ///
+    /// # Errors
+    /// If the host has no more routes.
+    fn route(&self) -> io::Result<Box<dyn MsiRoute>>;
+}
+
+/// The way of one interrupt vector of a device to the interrupt controller. Dropping it gives the route back.
+pub trait MsiRoute: Send + Sync {
+    /// Delivers the message that is set; while there is none, a trigger is lost, so a masked vector keeps its own pending bit.
+    fn irq(&self) -> Irq;
+
+    /// Sets or takes away the message. When this returns, a trigger delivers the new one.
+    ///
+    /// # Errors
+    /// If the host refuses the message.
+    fn set(&self, message: Option<MsiMessage>) -> io::Result<()>;
 }
 
 #[cfg(test)]

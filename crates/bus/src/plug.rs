@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use freestone_memory::GuestMem;
 
-use crate::{Doorbells, IoDevice, Irq, Result, Spawn};
+use crate::pci::PciSegment;
+use crate::{Bus, Doorbells, Error, IoDevice, Irq, MemorySlots, MsiSource, Result, Spawn};
 
 /// Something a guest did that concerns the whole machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +110,19 @@ pub enum FixedHardware {
         /// CMOS register of the century; 0: none.
         century: u8,
     },
+    /// A PCI Express root with its configuration space in memory (ACPI 6.5, section 5.2.6 and PCI Firmware 3.3, MCFG).
+    PciRoot {
+        /// Guest-physical address of the configuration space of the first bus.
+        ecam: u64,
+        /// First bus.
+        first_bus: u8,
+        /// Last bus.
+        last_bus: u8,
+        /// First guest-physical address of the window for base address registers.
+        mmio_base: u64,
+        /// Length of that window in bytes.
+        mmio_len: u64,
+    },
 }
 
 /// What a machine gives to a device that is being plugged in.
@@ -142,6 +156,43 @@ pub trait Wiring {
 
     /// Doorbells, where the hypervisor has them.
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>>;
+
+    /// The address space of device registers, for devices that the guest may move (PCI base address registers).
+    fn mmio_bus(&self) -> Bus;
+
+    /// Message-signalled interrupts, where the machine has them.
+    fn msi(&self) -> Option<Arc<dyn MsiSource>> {
+        None
+    }
+
+    /// The PCI segment that devices may join, once a root was plugged in.
+    fn pci(&self) -> Option<Arc<PciSegment>> {
+        None
+    }
+
+    /// Offers `segment` to all devices that are plugged in later: what a PCI root does. A machine takes one.
+    ///
+    /// # Errors
+    /// If the machine has a segment already, or takes none.
+    fn provide_pci(&mut self, segment: Arc<PciSegment>) -> Result<()> {
+        drop(segment);
+        Err(Error::Missing { what: "a machine that takes a PCI root", device: "PCI root".to_owned() })
+    }
+
+    /// Puts host memory into the guest-physical address space, where the hypervisor can; see [`MemorySlots`].
+    fn memory_slots(&self) -> Option<Arc<dyn MemorySlots>> {
+        None
+    }
+
+    /// Reserves `len` bytes of guest-physical address space above all RAM for memory of a device (persistent memory,
+    /// hot-plugged memory), aligned to `align`, a power of two. Returns the first address.
+    ///
+    /// # Errors
+    /// If none is left, or the machine gives none.
+    fn alloc_memory(&mut self, len: u64, align: u64) -> Result<u64> {
+        let _ = (len, align);
+        Err(Error::Exhausted { what: "address space for device memory", device: String::new() })
+    }
 
     /// Who drives the device's work.
     fn spawner(&self) -> Arc<dyn Spawn>;

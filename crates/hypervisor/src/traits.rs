@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bitflags::bitflags;
-use freestone_bus::{Doorbells, IrqChip};
+use freestone_bus::{Doorbells, IrqChip, MemorySlots};
 use freestone_memory::Region;
 
 use crate::x86::{CpuidLeaf, MpState, Msr, Regs, SpecialRegs};
@@ -44,6 +44,9 @@ bitflags! {
     }
 }
 
+/// First slot number that [`Vm::memory_slots`] takes; those below are for [`Vm::map`].
+pub const DEVICE_SLOTS: u32 = 64;
+
 /// A VM: guest-physical memory, vCPUs, and handles for what else the backend can do.
 ///
 /// Order matters on some hypervisors, and one order is good for all: map memory, then ask for [`irq_chip`](Self::irq_chip),
@@ -81,6 +84,12 @@ pub trait Vm: Send + Sync {
 
     /// Doorbells, if this backend has them.
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        None
+    }
+
+    /// Memory slots for devices, if memory can be added to a VM that runs. They are beside those of [`map`](Self::map), of which
+    /// the first [`DEVICE_SLOTS`] only may be used then.
+    fn memory_slots(&self) -> Option<Arc<dyn MemorySlots>> {
         None
     }
 

@@ -26,7 +26,15 @@ pub const RAM_ABOVE_HOLE: u64 = 0x1_0000_0000;
 /// Window of virtio-mmio and other memory-mapped devices below 4 GiB.
 pub const MMIO_START: u64 = 0xD000_0000;
 /// End (exclusive) of the MMIO window.
-pub const MMIO_END: u64 = 0xE000_0000;
+pub const MMIO_END: u64 = 0xD800_0000;
+/// Window of the base address registers of PCI devices.
+pub const PCI_MMIO_START: u64 = MMIO_END;
+/// End (exclusive) of the PCI window.
+pub const PCI_MMIO_END: u64 = 0xE000_0000;
+/// Configuration space of PCI bus 0 in memory (ECAM): 1 MiB for each bus.
+pub const PCI_ECAM: u64 = PCI_MMIO_END;
+/// Length of the configuration space of one bus.
+pub const PCI_ECAM_BUS_LEN: u64 = 0x10_0000;
 /// I/O APIC registers.
 pub const IOAPIC_ADDR: u64 = 0xFEC0_0000;
 /// Local APIC registers.

@@ -202,6 +202,10 @@ impl Wiring for TestWiring {
         Ok((line, self.edges.irq(line)))
     }
 
+    fn mmio_bus(&self) -> Bus {
+        self.mmio.clone()
+    }
+
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         let bells = self.bells.as_ref()?;
         Some(Arc::new(BellHandle(Arc::clone(bells))))

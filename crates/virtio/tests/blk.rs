@@ -1,4 +1,5 @@
 //! virtio-blk as its driver sees it.
+#![cfg(feature = "blk")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;

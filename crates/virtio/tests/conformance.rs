@@ -1,5 +1,7 @@
 //! The checks that every virtio-mmio device must pass, with a driver that was written from the specification alone.
 
+#![cfg(feature = "blk")]
+
 mod common;
 
 use std::time::Duration;

@@ -1,4 +1,5 @@
 //! A virtio device plugged into a machine.
+#![cfg(feature = "blk")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;

@@ -1,4 +1,5 @@
 //! Whatever a driver writes, nothing panics or runs for ever, and the device works after a reset.
+#![cfg(feature = "blk")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;

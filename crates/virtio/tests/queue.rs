@@ -1,4 +1,5 @@
 //! The split queue as a device uses it, against drivers good and bad.
+#![cfg(feature = "blk")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;

@@ -1,4 +1,5 @@
 //! Driver and device on two threads: no kick and no interrupt is lost, however they race.
+#![cfg(feature = "blk")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;

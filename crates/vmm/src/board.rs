@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use freestone_bus::{
-    Bus, Description, Doorbells, Error, FixedHardware, IoDevice, Irq, IrqChip, LoopHandle, Notifier, Result,
-    Spawn, Wiring,
+    Bus, Description, Doorbells, Error, FixedHardware, IoDevice, Irq, IrqChip, LoopHandle, MsiSource,
+    Notifier, Result, Spawn, Wiring, pci::PciSegment,
 };
 use freestone_memory::{GuestMem, layout};
 use freestone_vcpu::Dispatcher;
@@ -27,6 +27,7 @@ pub(crate) struct Board {
     notifier: Notifier,
     addresses: Option<AddressAllocator>,
     lines: Option<IdAllocator>,
+    pci: Option<Arc<PciSegment>>,
     pub(crate) descriptions: Vec<Description>,
     pub(crate) fixed: Vec<FixedHardware>,
     /// Name of the device that is being plugged in, for messages.
@@ -56,6 +57,7 @@ impl Board {
             notifier,
             addresses,
             lines,
+            pci: None,
             descriptions: Vec::new(),
             fixed: Vec::new(),
             plugging: String::new(),
@@ -115,6 +117,26 @@ impl Wiring for Board {
         };
         let irq = chip.edge(gsi).map_err(Error::io("claim an interrupt line"))?;
         Ok((gsi, irq))
+    }
+
+    fn mmio_bus(&self) -> Bus {
+        self.mmio.clone()
+    }
+
+    fn msi(&self) -> Option<Arc<dyn MsiSource>> {
+        self.chip.as_ref()?.msi()
+    }
+
+    fn pci(&self) -> Option<Arc<PciSegment>> {
+        self.pci.clone()
+    }
+
+    fn provide_pci(&mut self, segment: Arc<PciSegment>) -> Result<()> {
+        if self.pci.is_some() {
+            return Err(Error::Exhausted { what: "place for a PCI root", device: self.plugging.clone() });
+        }
+        self.pci = Some(segment);
+        Ok(())
     }
 
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {

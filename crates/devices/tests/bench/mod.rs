@@ -92,6 +92,10 @@ impl Wiring for Bench {
         Ok((gsi, irq))
     }
 
+    fn mmio_bus(&self) -> Bus {
+        Bus::new()
+    }
+
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         None
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use freestone_block::Image;
+use freestone_block::{Engine, Image, IoQueue, SyncQueue};
 use freestone_bus::{EventFd, IoDevice, Irq, ManualSpawner, Spawn};
 use freestone_memory::layout::RamRange;
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemBuilder, MemorySlice};
@@ -218,6 +218,10 @@ impl Image for TestImage {
         self.enter()?;
         self.flushes.fetch_add(1, Ordering::SeqCst);
         Ok(())
+    }
+
+    fn open_queue(self: Arc<Self>, _engine: Engine, _depth: u16) -> io::Result<Box<dyn IoQueue>> {
+        Ok(Box::new(SyncQueue::new(self)))
     }
 }
 

@@ -1,4 +1,5 @@
 //! The MMIO registers and the status machine behind them, as a driver sees them.
+#![cfg(feature = "blk")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod access;

@@ -1,0 +1,1 @@
+//! virtio-balloon (virtio 1.2, section 5.5).

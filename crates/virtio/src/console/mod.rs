@@ -1,0 +1,1 @@
+//! virtio-console (virtio 1.2, section 5.3).

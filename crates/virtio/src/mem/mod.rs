@@ -1,0 +1,1 @@
+//! virtio-mem (virtio 1.2, section 5.15).

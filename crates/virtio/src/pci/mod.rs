@@ -1,0 +1,1 @@
+//! The PCI transport (virtio 1.2, section 4.1).

@@ -1,0 +1,1 @@
+//! virtio-pmem (virtio 1.2, section 5.19).

@@ -1,0 +1,1 @@
+//! Rate limits: token buckets for requests and bytes, pure logic.

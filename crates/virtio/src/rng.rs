@@ -1,0 +1,1 @@
+//! virtio-rng (virtio 1.2, section 5.4).

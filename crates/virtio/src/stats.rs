@@ -1,0 +1,1 @@
+//! What each queue did, and how long it took: readable while the device works.
