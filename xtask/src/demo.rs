@@ -19,7 +19,8 @@ pub fn run(contents: &lab::Contents) -> Result<()> {
     let dir = machine.work_dir("demo")?;
     let disk = format!("{dir}/root.img");
     machine.sh(&format!("cp {} {disk}", machine.asset(Asset::RootDisk)))?;
-    let mut argv = e2e::linux(&machine, Asset::BzImage, 2, "512M", "demo");
+    let linux = e2e::Linux { cpus: 2, memory: "512M", ..e2e::Linux::new(Asset::BzImage, "") };
+    let mut argv = e2e::command(&machine, &linux, "demo");
     argv.extend(["--disk".to_owned(), disk.clone()]);
     progress(argv.join(" "));
 

@@ -2,7 +2,7 @@
 //! and the programs that make disks and emulate the lab's machine.
 //!
 //! Packages are unpacked below `target/lab` and never installed; a second run uses what the first one left. Only
-//! `qemu-system-x86` and `e2fsprogs` are installed, and only when they are missing and the user is root.
+//! `qemu-system-x86`, `qemu-utils` and `e2fsprogs` are installed, and only when they are missing and the user is root.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -53,7 +53,7 @@ pub struct Fetched {
 /// Which of the programs must be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
-    /// `mkfs.ext4`, `e2fsck` and `debugfs`.
+    /// `mkfs.ext4`, `e2fsck`, `debugfs` and `qemu-img`.
     Disks,
     /// The above and QEMU, whose software CPU runs the lab.
     Lab,
@@ -191,11 +191,17 @@ fn newest_file(dir: &Path, prefix: &str) -> Result<PathBuf> {
 /// Installs the packages of the programs that are missing.
 fn install_programs(need: Need) -> Result<()> {
     let wanted: &[(&str, &str)] = match need {
-        Need::Disks => &[("mkfs.ext4", "e2fsprogs"), ("e2fsck", "e2fsprogs"), ("debugfs", "e2fsprogs")],
+        Need::Disks => &[
+            ("mkfs.ext4", "e2fsprogs"),
+            ("e2fsck", "e2fsprogs"),
+            ("debugfs", "e2fsprogs"),
+            ("qemu-img", "qemu-utils"),
+        ],
         Need::Lab => &[
             ("mkfs.ext4", "e2fsprogs"),
             ("e2fsck", "e2fsprogs"),
             ("debugfs", "e2fsprogs"),
+            ("qemu-img", "qemu-utils"),
             ("qemu-system-x86_64", "qemu-system-x86"),
         ],
     };

@@ -26,6 +26,8 @@ pub enum Asset {
     Initramfs,
     /// The root disk, not to be written to: copy it.
     RootDisk,
+    /// An initramfs with tools and drivers for all devices, which needs no root disk.
+    Tools,
 }
 
 /// A machine with a KVM that can run Linux, the VMM and the guest's files.
@@ -69,7 +71,8 @@ impl Start {
             match host_kvm(&vmm) {
                 Ok(()) => {
                     progress("this machine's KVM runs Linux: the lab is not needed");
-                    let guest = guest::build(&fetch::fetch(Need::Disks, false)?)?;
+                    let guest =
+                        guest::build(&fetch::fetch(Need::Disks, false)?, &vmm.with_file_name("xtask"))?;
                     let work = repo::lab_dir()?.join("work");
                     fs::create_dir_all(&work).with_context(|| format!("creating {}", work.display()))?;
                     return Ok(Self::Host { vmm, guest, work });
@@ -121,6 +124,14 @@ impl Machine {
         }
     }
 
+    /// Path of this program's copy there, for the host's side of a test.
+    pub fn tool(&self) -> String {
+        match self {
+            Self::Host { vmm, .. } => vmm.with_file_name("xtask").display().to_string(),
+            Self::Lab(_) => lab::TOOL.to_owned(),
+        }
+    }
+
     /// Path of a file of the guest.
     pub fn asset(&self, asset: Asset) -> String {
         match (self, asset) {
@@ -128,6 +139,8 @@ impl Machine {
             (Self::Host { guest, .. }, Asset::Vmlinux) => guest.vmlinux.display().to_string(),
             (Self::Host { guest, .. }, Asset::Initramfs) => guest.initramfs.display().to_string(),
             (Self::Host { guest, .. }, Asset::RootDisk) => guest.root_disk.display().to_string(),
+            (Self::Host { guest, .. }, Asset::Tools) => guest.tools.display().to_string(),
+            (Self::Lab(_), Asset::Tools) => lab::TOOLS.to_owned(),
             (Self::Lab(_), Asset::BzImage) => lab::BZIMAGE.to_owned(),
             (Self::Lab(_), Asset::Vmlinux) => lab::VMLINUX.to_owned(),
             (Self::Lab(_), Asset::Initramfs) => lab::INITRAMFS.to_owned(),

@@ -15,8 +15,10 @@ mod process;
 mod repo;
 mod report;
 mod results;
+mod ship;
 mod test;
 mod vmlinux;
+mod vsock;
 
 use std::path::PathBuf;
 
@@ -68,6 +70,12 @@ enum Task {
     Agent {
         /// The virtio-serial port.
         port: PathBuf,
+    },
+    /// Talk over vsock: one end of a test, in the guest or beside it.
+    #[command(hide = true)]
+    Vsock {
+        #[command(subcommand)]
+        end: vsock::End,
     },
 }
 
@@ -128,6 +136,7 @@ fn main() -> Result<()> {
             Ok(())
         }
         Task::Agent { port } => lab::agent::serve(&port),
+        Task::Vsock { end } => vsock::run(&end),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 
-use super::{After, Case, Disk, Job};
+use super::{After, Case, Disk, Job, Linux, Side};
 use crate::console::Console;
 use crate::machine::Asset;
 
@@ -17,7 +17,7 @@ const fn linux(
     memory: &'static str,
     scenario: &'static str,
 ) -> Case {
-    let job = Job::Linux { kernel, cpus, memory, scenario, disks: &[Disk::Root] };
+    let job = Job::Linux(Linux { cpus, memory, disks: &[Disk::Root], ..Linux::new(kernel, scenario) });
     Case { name, job, dialogue: silent, status: 0, check: files_written }
 }
 
@@ -35,14 +35,8 @@ const fn script(
 pub fn all() -> Vec<Case> {
     use Asset::{BzImage, Vmlinux};
     let two_disks = &[Disk::Root, Disk::Text("from the host!!!")];
-    let disks = |disks| Job::Linux { kernel: BzImage, cpus: 1, memory: "256M", scenario: "disks", disks };
-    let read_only = Job::Linux {
-        kernel: BzImage,
-        cpus: 1,
-        memory: "256M",
-        scenario: "disks ro",
-        disks: &[Disk::ReadOnlyRoot],
-    };
+    let disks = |disks| Job::Linux(Linux { disks, ..Linux::new(BzImage, "disks") });
+    let read_only = Job::Linux(Linux { disks: &[Disk::ReadOnlyRoot], ..Linux::new(BzImage, "disks ro") });
     let mut cases = vec![
         linux("bzimage_1_cpu", BzImage, 1, "256M", "poweroff"),
         Case { check: two_cpus, ..linux("bzimage_2_cpus", BzImage, 2, "256M", "poweroff") },
@@ -61,15 +55,16 @@ pub fn all() -> Vec<Case> {
         Case { dialogue: quit, ..script("quit_keys", QUIT, 0, quit_status) },
         script("terminal_restored", TERMINAL, 0, terminal_restored),
     ];
+    cases.extend(super::devices::all());
     cases.extend(bad_input());
     cases
 }
 
-fn silent(_: &mut Console) -> Result<()> {
+pub fn silent(_: &mut Console, _: &Side<'_>) -> Result<()> {
     Ok(())
 }
 
-fn nothing(_: &After<'_>) -> Result<()> {
+pub fn nothing(_: &After<'_>) -> Result<()> {
     Ok(())
 }
 
@@ -136,7 +131,7 @@ fn parse_range(line: &str) -> Result<(u64, u64)> {
 }
 
 /// Types commands at the guest's shell and reads their answers. The second is longer than any FIFO on its way.
-fn shell(console: &mut Console) -> Result<()> {
+fn shell(console: &mut Console, _: &Side<'_>) -> Result<()> {
     console.expect("GUEST shell")?;
     console.expect("# ")?;
     console.send("echo $((6 * 7))-is-the-answer\n");
@@ -159,7 +154,7 @@ const QUIT: &str = r#"script -q -c "stty -g | sed s/^/SETTINGS:/
     stty -g | sed s/^/SETTINGS:/" /dev/null"#;
 
 /// Ctrl-A x ends the VMM while the guest is busy.
-fn quit(console: &mut Console) -> Result<()> {
+fn quit(console: &mut Console, _: &Side<'_>) -> Result<()> {
     console.expect("Linux version")?;
     console.send("\x01x");
     console.expect("STATUS:")

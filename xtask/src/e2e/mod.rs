@@ -4,6 +4,7 @@
 //! afterwards. Cases are in [`cases`]; this module runs them, some at a time, on a [`Machine`].
 
 mod cases;
+mod devices;
 
 use std::collections::VecDeque;
 use std::fs;
@@ -45,21 +46,42 @@ pub enum Disk {
 /// What a case starts.
 #[derive(Debug, Clone, Copy)]
 pub enum Job {
-    /// A Linux guest.
-    Linux {
-        /// [`Asset::BzImage`] or [`Asset::Vmlinux`].
-        kernel: Asset,
-        /// Count of vCPUs.
-        cpus: u32,
-        /// Memory as the command line takes it.
-        memory: &'static str,
-        /// What the guest does: the value of `freestone.test`, and more words for the kernel after a space.
-        scenario: &'static str,
-        /// The disks, `/dev/vda` first.
-        disks: &'static [Disk],
-    },
+    /// A Linux guest with a root disk, or without: then the devices' script is its first program.
+    Linux(Linux),
     /// A shell script on the machine. In it, `$VMM`, `$KERNEL` and `$INITRD` are paths, and the current directory is empty.
     Script(&'static str),
+}
+
+/// What a Linux guest is started with.
+#[derive(Debug, Clone, Copy)]
+pub struct Linux {
+    /// [`Asset::BzImage`] or [`Asset::Vmlinux`].
+    pub kernel: Asset,
+    /// Its initramfs: [`Asset::Initramfs`] goes over to a root disk, [`Asset::Tools`] runs the devices' script itself.
+    pub initrd: Asset,
+    /// Count of vCPUs.
+    pub cpus: u32,
+    /// Memory as the command line takes it.
+    pub memory: &'static str,
+    /// What the guest does: the value of `freestone.test`, and more words for the kernel after a space.
+    pub scenario: &'static str,
+    /// Where the kernel's console is.
+    pub console: &'static str,
+    /// The disks, `/dev/vda` first.
+    pub disks: &'static [Disk],
+    /// A shell script that is run in the case's directory before the start; it makes what `args` names.
+    pub setup: &'static str,
+    /// More of the VMM's command line, separated by spaces. Files are in the case's directory.
+    pub args: &'static str,
+}
+
+impl Linux {
+    /// A guest of one vCPU and 256 MiB, with nothing attached.
+    pub const fn new(kernel: Asset, scenario: &'static str) -> Self {
+        let initrd = Asset::Initramfs;
+        let (memory, console) = ("256M", "ttyS0");
+        Self { kernel, initrd, cpus: 1, memory, scenario, console, disks: &[], setup: "", args: "" }
+    }
 }
 
 /// An end-to-end test.
@@ -69,19 +91,33 @@ pub struct Case {
     pub name: &'static str,
     /// What is started.
     pub job: Job,
-    /// The dialogue on the console. Standard input is closed after it.
-    pub dialogue: fn(&mut Console) -> Result<()>,
+    /// The dialogue on the console, with commands on the machine beside it. Standard input is closed after it.
+    pub dialogue: fn(&mut Console, &Side<'_>) -> Result<()>,
     /// The exit status that must come.
     pub status: i32,
     /// Looks at the console's transcript and the disks afterwards.
     pub check: fn(&After<'_>) -> Result<()>,
 }
 
+/// The machine beside the guest, in the directory of the case.
+#[derive(Debug, Clone)]
+pub struct Side<'a> {
+    machine: &'a Machine,
+    dir: String,
+}
+
+impl Side<'_> {
+    /// Runs a shell script in the case's directory and returns its output; fails when it does. `$VMM` is the VMM.
+    pub fn sh(&self, script: &str) -> Result<String> {
+        let vmm = self.machine.vmm();
+        self.machine.sh(&format!("cd '{}'; VMM='{vmm}' TOOL='{}'\n{script}", self.dir, self.machine.tool()))
+    }
+}
+
 /// What is left when the VMM has ended.
 #[derive(Debug)]
 pub struct After<'a> {
-    machine: &'a Machine,
-    dir: String,
+    side: Side<'a>,
     /// What was written on the console.
     pub transcript: String,
 }
@@ -104,35 +140,40 @@ impl After<'_> {
     /// Fails unless the file system on disk `disk` is clean.
     pub fn clean(&self, disk: usize) -> Result<()> {
         let path = self.disk(disk);
-        self.machine.sh(&format!("e2fsck -fn {path}")).map(drop)
+        self.side.sh(&format!("e2fsck -fn {path}")).map(drop)
     }
 
     /// Replays the journal of disk `disk`, as the next boot would; for a guest that ended without unmounting.
     pub fn replay_journal(&self, disk: usize) -> Result<()> {
         let path = self.disk(disk);
-        self.machine.sh(&format!("e2fsck -fp {path}; test $? -le 1")).map(drop)
+        self.side.sh(&format!("e2fsck -fp {path}; test $? -le 1")).map(drop)
     }
 
     /// The content of a file in the file system on disk `disk`.
     pub fn file(&self, disk: usize, file: &str) -> Result<String> {
         let path = self.disk(disk);
-        self.machine.sh(&format!("debugfs -R 'cat {file}' {path} 2>/dev/null"))
+        self.side.sh(&format!("debugfs -R 'cat {file}' {path} 2>/dev/null"))
     }
 
     /// The first bytes of disk `disk`.
     pub fn head(&self, disk: usize, count: usize) -> Result<String> {
         let path = self.disk(disk);
-        self.machine.sh(&format!("head -c {count} {path}"))
+        self.side.sh(&format!("head -c {count} {path}"))
     }
 
     /// Fails unless disk `disk` is byte by byte what the root disk was at first.
     pub fn is_untouched(&self, disk: usize) -> Result<()> {
-        let (path, original) = (self.disk(disk), self.machine.asset(Asset::RootDisk));
-        self.machine.sh(&format!("cmp {path} {original}")).map(drop)
+        let (path, original) = (self.disk(disk), self.side.machine.asset(Asset::RootDisk));
+        self.side.sh(&format!("cmp {path} {original}")).map(drop)
+    }
+
+    /// As [`Side::sh`].
+    pub fn sh(&self, script: &str) -> Result<String> {
+        self.side.sh(script)
     }
 
     fn disk(&self, disk: usize) -> String {
-        disk_path(&self.dir, disk)
+        disk_path(&self.side.dir, disk)
     }
 }
 
@@ -206,7 +247,8 @@ fn run_case(machine: &Machine, case: &Case, kernel_log: bool) -> Result<()> {
     let dir = machine.work_dir(case.name)?;
     let argv = command_line(machine, case, kernel_log, &dir)?;
     let mut console = Console::new(machine.spawn(&argv)?, CASE_LIMIT, false);
-    let ended = converse(&mut console, case.dialogue);
+    let side = Side { machine, dir };
+    let ended = converse(&mut console, &side, case.dialogue);
     let log = repo::lab_dir()?.join("e2e").join(case.name).with_extension("log");
     fs::create_dir_all(log.parent().unwrap_or(&log))
         .with_context(|| format!("creating {}", log.display()))?;
@@ -214,7 +256,7 @@ fn run_case(machine: &Machine, case: &Case, kernel_log: bool) -> Result<()> {
     fs::write(&log, format!("{}\n{transcript}", argv.join(" ")))
         .with_context(|| format!("writing {}", log.display()))?;
 
-    let after = After { machine, dir, transcript };
+    let after = After { side, transcript };
     let result = ended.and_then(|status| {
         if status != case.status {
             bail!("the exit status is {status} instead of {}", case.status);
@@ -226,30 +268,38 @@ fn run_case(machine: &Machine, case: &Case, kernel_log: bool) -> Result<()> {
         let tail = lines.get(lines.len().saturating_sub(SHOWN_LINES)..).unwrap_or_default().join("\n    | ");
         println!("    | {tail}\n    (the whole console: {})", log.display());
     }
-    drop(machine.sh(&format!("rm -rf '{}'", after.dir)));
+    drop(machine.sh(&format!("rm -rf '{}'", after.side.dir)));
     result
 }
 
-fn converse(console: &mut Console, dialogue: fn(&mut Console) -> Result<()>) -> Result<i32> {
-    dialogue(console)?;
+fn converse(
+    console: &mut Console,
+    side: &Side<'_>,
+    dialogue: fn(&mut Console, &Side<'_>) -> Result<()>,
+) -> Result<i32> {
+    dialogue(console, side)?;
     console.close_input();
     console.finish()
 }
 
 /// Makes the disks of a case and returns the command that it starts.
 fn command_line(machine: &Machine, case: &Case, kernel_log: bool, dir: &str) -> Result<Vec<String>> {
-    let (kernel, cpus, memory, scenario, disks) = match case.job {
-        Job::Linux { kernel, cpus, memory, scenario, disks } => (kernel, cpus, memory, scenario, disks),
+    let linux = match case.job {
+        Job::Linux(linux) => linux,
         Job::Script(script) => {
             let (vmm, kernel) = (machine.vmm(), machine.asset(Asset::BzImage));
             let initrd = machine.asset(Asset::Initramfs);
-            let script = format!("cd '{dir}'; VMM='{vmm}' KERNEL='{kernel}' INITRD='{initrd}'\n{script}");
+            let tool = machine.tool();
+            let script = format!(
+                "cd '{dir}'; export VMM='{vmm}' KERNEL='{kernel}' INITRD='{initrd}' TOOL='{tool}'\n{script}"
+            );
             return Ok(["sh", "-c", &script].map(str::to_owned).into());
         }
     };
     let quiet = if kernel_log { "" } else { " quiet" };
-    let mut argv = linux(machine, kernel, cpus, memory, &format!("{scenario}{quiet}"));
-    for (number, disk) in disks.iter().enumerate() {
+    Side { machine, dir: dir.to_owned() }.sh(linux.setup).context("preparing the case")?;
+    let mut argv = command(machine, &Linux { scenario: "", ..linux }, &format!("{}{quiet}", linux.scenario));
+    for (number, disk) in linux.disks.iter().enumerate() {
         let path = disk_path(dir, number);
         match disk {
             Disk::Root | Disk::ReadOnlyRoot => {
@@ -262,23 +312,26 @@ fn command_line(machine: &Machine, case: &Case, kernel_log: bool, dir: &str) -> 
         let suffix = if *disk == Disk::ReadOnlyRoot { ",ro" } else { "" };
         argv.extend(["--disk".to_owned(), format!("{path}{suffix}")]);
     }
-    Ok(argv)
+    argv.extend(linux.args.split_whitespace().map(str::to_owned));
+    // Names of files are relative to the case's directory.
+    let words = argv.iter().map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");
+    Ok(["sh", "-c", &format!("cd '{dir}'; exec {words}")].map(str::to_owned).into())
 }
 
 /// The command that boots the Linux guest, without its disks.
-pub fn linux(machine: &Machine, kernel: Asset, cpus: u32, memory: &str, scenario: &str) -> Vec<String> {
-    let cmdline = format!("console=ttyS0 panic=-1 freestone.test={scenario}");
+pub fn command(machine: &Machine, linux: &Linux, scenario: &str) -> Vec<String> {
+    let cmdline = format!("console={} panic=-1 freestone.test={scenario}", linux.console);
     [
         &machine.vmm(),
         "run",
         "--kernel",
-        &machine.asset(kernel),
+        &machine.asset(linux.kernel),
         "--initrd",
-        &machine.asset(Asset::Initramfs),
+        &machine.asset(linux.initrd),
         "--cpus",
-        &cpus.to_string(),
+        &linux.cpus.to_string(),
         "--memory",
-        memory,
+        linux.memory,
         "--cmdline",
         &cmdline,
     ]

@@ -3,6 +3,7 @@
 //! The initramfs holds busybox and the virtio drivers (modules in Debian's kernel). The root disk is an ext4 file system
 //! made by `mkfs.ext4 -d`, so no mount and no root rights are needed.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -11,12 +12,47 @@ use anyhow::{Context, Result};
 use crate::cpio::Archive;
 use crate::fetch::Fetched;
 use crate::repo;
+use crate::ship::ship;
 
-/// The guest's drivers, in the order in which they load. `pvpanic` tells the VMM of a kernel panic.
-const MODULES: [&str; 6] = [
+/// The drivers of the devices' tests, in the order in which they load.
+const DEVICE_MODULES: [&str; 24] = [
     "drivers/virtio/virtio_ring",
     "drivers/virtio/virtio",
     "drivers/virtio/virtio_mmio",
+    "drivers/virtio/virtio_pci_legacy_dev",
+    "drivers/virtio/virtio_pci_modern_dev",
+    "drivers/virtio/virtio_pci",
+    "drivers/char/virtio_console",
+    "drivers/block/virtio_blk",
+    "drivers/misc/pvpanic/pvpanic",
+    "drivers/misc/pvpanic/pvpanic-mmio",
+    "drivers/char/hw_random/rng-core",
+    "drivers/char/hw_random/virtio-rng",
+    "drivers/virtio/virtio_balloon",
+    "drivers/virtio/virtio_mem",
+    "net/vmw_vsock/vsock",
+    "net/vmw_vsock/vmw_vsock_virtio_transport_common",
+    "net/vmw_vsock/vmw_vsock_virtio_transport",
+    "drivers/dax/dax",
+    "drivers/nvdimm/libnvdimm",
+    "drivers/nvdimm/nd_btt",
+    "drivers/nvdimm/nd_pmem",
+    "drivers/nvdimm/nd_virtio",
+    "drivers/nvdimm/virtio_pmem",
+    "drivers/dax/dax_pmem",
+];
+
+/// Programs of this system that the devices' tests use inside the guest.
+const TOOLS: [&str; 4] = ["mkfs.ext4", "blkdiscard", "fstrim", "blockdev"];
+
+/// The guest's drivers, in the order in which they load. `pvpanic` tells the VMM of a kernel panic.
+const MODULES: [&str; 9] = [
+    "drivers/virtio/virtio_ring",
+    "drivers/virtio/virtio",
+    "drivers/virtio/virtio_mmio",
+    "drivers/virtio/virtio_pci_legacy_dev",
+    "drivers/virtio/virtio_pci_modern_dev",
+    "drivers/virtio/virtio_pci",
     "drivers/block/virtio_blk",
     "drivers/misc/pvpanic/pvpanic",
     "drivers/misc/pvpanic/pvpanic-mmio",
@@ -34,21 +70,25 @@ pub struct Guest {
     pub vmlinux: PathBuf,
     /// The initramfs.
     pub initramfs: PathBuf,
+    /// The initramfs with the tools of the devices' tests.
+    pub tools: PathBuf,
     /// The root disk as it is before the first boot.
     pub root_disk: PathBuf,
 }
 
-/// Makes the guest's files from what was fetched.
-pub fn build(fetched: &Fetched) -> Result<Guest> {
+/// Makes the guest's files from what was fetched. `tool` is this program as a static binary.
+pub fn build(fetched: &Fetched, tool: &Path) -> Result<Guest> {
     let dir = repo::lab_dir()?.join("guest");
     fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
     let guest = Guest {
         bzimage: fetched.bzimage.clone(),
         vmlinux: fetched.vmlinux.clone(),
         initramfs: dir.join("initramfs.cpio"),
+        tools: dir.join("tools.cpio"),
         root_disk: dir.join("root.img"),
     };
     repo::write_atomically(&guest.initramfs, &initramfs(fetched)?)?;
+    repo::write_atomically(&guest.tools, &tools(fetched, tool)?)?;
     root_disk(fetched, &guest.root_disk)?;
     Ok(guest)
 }
@@ -80,6 +120,24 @@ fn initramfs(fetched: &Fetched) -> Result<Vec<u8>> {
     archive.copy("/bin/busybox", 0o755, &fetched.busybox)?;
     archive.file("/init", 0o755, include_bytes!("initramfs.sh"))?;
     add_modules(&mut archive, &fetched.modules, &MODULES)?;
+    archive.finish()
+}
+
+fn tools(fetched: &Fetched, tool: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    for dir in ["/bin", "/dev", "/proc", "/sys", "/root", "/tmp", "/mnt"] {
+        archive.dir(dir)?;
+    }
+    archive.char_device("/dev/console", 5, 1)?;
+    archive.copy("/bin/busybox", 0o755, &fetched.busybox)?;
+    archive.copy("/bin/tool", 0o755, tool)?;
+    archive.file("/init", 0o755, include_bytes!("devices.sh"))?;
+    add_modules(&mut archive, &fetched.modules, &DEVICE_MODULES)?;
+    let mut shipped = BTreeSet::new();
+    for name in TOOLS {
+        let path = repo::find_program(name).with_context(|| format!("{name} was not found"))?;
+        ship(&mut archive, &path, &mut shipped)?;
+    }
     archive.finish()
 }
 

@@ -1,7 +1,6 @@
 //! The initramfs of the lab's machine: busybox, KVM's modules, the agent, the VMM, and the guest's files in `/lab`.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -11,6 +10,7 @@ use crate::cpio::Archive;
 use crate::fetch::{self, Fetched, Need};
 use crate::guest::{self, Guest};
 use crate::repo::{self, progress};
+use crate::ship::{libraries, ship};
 
 /// The lab's drivers, in the order in which they load.
 const MODULES: [&str; 10] = [
@@ -62,7 +62,7 @@ impl Image {
     pub fn build(contents: &Contents) -> Result<Self> {
         let binaries = build_static(contents.vmm.is_none())?;
         let fetched = fetch::fetch(Need::Lab, false)?;
-        let guest = guest::build(&fetched)?;
+        let guest = guest::build(&fetched, &binaries.join("xtask"))?;
         let initramfs = repo::lab_dir()?.join("lab.cpio");
         repo::write_atomically(&initramfs, &archive(&fetched, &guest, contents, &binaries)?)?;
         Ok(Self { kernel: fetched.bzimage, initramfs })
@@ -91,12 +91,13 @@ fn archive(fetched: &Fetched, guest: &Guest, contents: &Contents, binaries: &Pat
     archive.char_device("/dev/console", 5, 1)?;
     archive.file("/init", 0o755, include_bytes!("init.sh"))?;
     archive.copy("/bin/busybox", 0o755, &fetched.busybox)?;
-    archive.copy("/bin/xtask", 0o755, &binaries.join("xtask"))?;
+    archive.copy(super::TOOL, 0o755, &binaries.join("xtask"))?;
     guest::add_modules(&mut archive, &fetched.modules, &MODULES)?;
     for (name, path) in [
         (super::BZIMAGE, &guest.bzimage),
         (super::VMLINUX, &guest.vmlinux),
         (super::INITRAMFS, &guest.initramfs),
+        (super::TOOLS, &guest.tools),
         (super::ROOT_DISK, &guest.root_disk),
     ] {
         archive.copy(name, 0o644, path)?;
@@ -105,7 +106,7 @@ fn archive(fetched: &Fetched, guest: &Guest, contents: &Contents, binaries: &Pat
     let vmm = contents.vmm.clone().unwrap_or_else(|| binaries.join("freestone"));
     archive.copy(super::VMM, 0o755, &vmm)?;
     libraries(&mut archive, &vmm, &mut shipped)?;
-    for tool in ["e2fsck", "debugfs", "script"] {
+    for tool in ["e2fsck", "debugfs", "script", "qemu-img"] {
         let path = repo::find_program(tool).with_context(|| format!("{tool} was not found"))?;
         ship(&mut archive, &path, &mut shipped)?;
     }
@@ -113,56 +114,4 @@ fn archive(fetched: &Fetched, guest: &Guest, contents: &Contents, binaries: &Pat
         ship(&mut archive, path, &mut shipped)?;
     }
     archive.finish()
-}
-
-/// Adds a file with the libraries it links, or a directory with all that is in it.
-fn ship(archive: &mut Archive, path: &Path, shipped: &mut BTreeSet<PathBuf>) -> Result<()> {
-    let path = std::path::absolute(path).with_context(|| format!("resolving {}", path.display()))?;
-    if !shipped.insert(path.clone()) {
-        return Ok(());
-    }
-    let metadata = fs::metadata(&path).with_context(|| format!("reading {}", path.display()))?;
-    if metadata.is_dir() {
-        for entry in fs::read_dir(&path).with_context(|| format!("reading {}", path.display()))? {
-            ship(archive, &entry?.path(), shipped)?;
-        }
-        return Ok(());
-    }
-    use std::os::unix::fs::PermissionsExt;
-    let mode = metadata.permissions().mode() & 0o777;
-    archive.copy(&path.to_string_lossy(), mode, &path)?;
-    if mode & 0o111 != 0 {
-        libraries(archive, &path, shipped)?;
-    }
-    Ok(())
-}
-
-/// Adds the shared libraries of a program, as `ldd` names them; none for a script or a static program.
-fn libraries(archive: &mut Archive, path: &Path, shipped: &mut BTreeSet<PathBuf>) -> Result<()> {
-    let Ok(text) = repo::output(repo::program("ldd")?.arg(path)) else {
-        return Ok(());
-    };
-    for library in libraries_of_ldd(&text) {
-        if shipped.insert(library.clone()) {
-            archive.copy(&library.to_string_lossy(), 0o755, &library)?;
-        }
-    }
-    Ok(())
-}
-
-/// Reads the paths out of lines like `libc.so.6 => /lib/libc.so.6 (0x...)` and `/lib64/ld.so (0x...)`.
-fn libraries_of_ldd(text: &str) -> Vec<PathBuf> {
-    text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_libraries_of_a_program_are_the_paths_that_ldd_prints() {
-        let text =
-            "\tlinux-vdso.so.1 (0x7f)\n\tlibc.so.6 => /lib/libc.so.6 (0x7e)\n\t/lib64/ld-linux.so.2 (0x7d)\n";
-        assert_eq!(libraries_of_ldd(text), ["/lib/libc.so.6", "/lib64/ld-linux.so.2"].map(PathBuf::from));
-    }
 }

@@ -35,6 +35,10 @@ pub const BZIMAGE: &str = "/lab/bzImage";
 pub const VMLINUX: &str = "/lab/vmlinux";
 /// Path of the guest's initramfs inside the lab.
 pub const INITRAMFS: &str = "/lab/initramfs.cpio";
+/// Path of the initramfs with the tools for devices inside the lab.
+pub const TOOLS: &str = "/lab/tools.cpio";
+/// Path of this program inside the lab.
+pub const TOOL: &str = "/bin/xtask";
 /// Path of the guest's root disk inside the lab.
 pub const ROOT_DISK: &str = "/lab/root.img";
 
