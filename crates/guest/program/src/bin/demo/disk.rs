@@ -2,16 +2,16 @@
 
 use core::cell::UnsafeCell;
 
-use freestone_guest_program::{apic, cpu};
+use freestone_guest_program::cpu;
 use virtio_drivers::Result;
 use virtio_drivers::device::blk::{BlkReq, BlkResp, SECTOR_SIZE, VirtIOBlk};
-use virtio_drivers::transport::mmio::MmioTransport;
+use virtio_drivers::transport::SomeTransport;
 
 use crate::report::Report;
-use crate::virtio::{Device, Identity};
+use crate::virtio::{Device, Identity, Interrupt};
 use crate::work::wait_for_interrupt;
 
-type Disk<'a> = VirtIOBlk<Identity, MmioTransport<'a>>;
+type Disk<'a> = VirtIOBlk<Identity, SomeTransport<'a>>;
 
 /// The built-in disk: see `demo` of the crate that embeds this program.
 const BUILT_IN_SECTORS: u64 = 2047;
@@ -31,16 +31,21 @@ fn word(index: u64) -> u64 {
 }
 
 /// Reads the disk; checks it and writes to it if it is the built-in one.
-pub fn work(report: &mut Report, index: usize, device: &Device, transport: MmioTransport<'_>) {
+pub fn work(report: &mut Report, index: usize, device: &Device, transport: SomeTransport<'_>) {
     // Indices 1 to 13 are free for devices.
     let line = 1 + index as u32 % 13;
-    let routed = apic::route(device.irq, line);
     let mut disk = match Disk::new(transport) {
         Ok(disk) => disk,
         Err(error) => {
             report.check("disk", format_args!("driver does not start: {error}"), false);
             return;
         }
+    };
+    // A queue is given its vector when it is set up, and that is now.
+    let routed = match device.interrupt(line) {
+        Some(Interrupt::Line) => true,
+        Some(Interrupt::Message(vectors)) => vectors.set(),
+        None => false,
     };
     // SAFETY: `work` is not re-entered, and the driver is done with the buffer when a request returns.
     let buffer = unsafe { &mut *BUFFER.0.get() };

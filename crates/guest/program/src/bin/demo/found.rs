@@ -151,6 +151,6 @@ pub fn devices(devices: &Devices) {
         println!("  device  {device}");
     }
     if devices.iter().count() == 0 {
-        println!("  device  no virtio_mmio.device= on the command line");
+        println!("  device  no virtio device, neither on the command line nor on PCI");
     }
 }

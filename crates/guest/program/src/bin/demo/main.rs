@@ -4,6 +4,7 @@
 
 mod disk;
 mod found;
+mod pci;
 mod report;
 mod virtio;
 mod work;
@@ -29,7 +30,7 @@ extern "C" fn main(start_info: u64) -> ! {
     found::processor(acpi.as_ref(), &report);
     found::memory(info);
     found::acpi(acpi.as_ref());
-    let devices = virtio::Devices::new(info);
+    let devices = virtio::Devices::new(info, acpi.as_ref());
     found::devices(&devices);
 
     println!("Work:");

@@ -1,42 +1,64 @@
-//! Finding virtio-mmio devices, and what the driver crate needs from its surroundings.
+//! Finding virtio devices, and what the driver crate needs from its surroundings.
 
 use core::cell::UnsafeCell;
 use core::fmt;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use freestone_guest_program::acpi::Acpi;
+use freestone_guest_program::apic;
 use freestone_guest_program::phys::{self, MAPPED};
 use freestone_guest_program::pvh::StartInfo;
 use virtio_drivers::device::rng::VirtIORng;
-use virtio_drivers::transport::mmio::{MmioTransport, VirtIOHeader};
-use virtio_drivers::transport::{DeviceType, Transport};
+use virtio_drivers::transport::mmio::{MmioError, MmioTransport, VirtIOHeader};
+use virtio_drivers::transport::pci::bus::{Command, DeviceFunction, PciRoot};
+use virtio_drivers::transport::pci::{PciTransport, VirtioPciError, virtio_device_type};
+use virtio_drivers::transport::{DeviceType, SomeTransport, Transport};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
 use crate::disk;
+use crate::pci::{Ecam, Vectors};
 use crate::report::Report;
 
-/// The devices that the command line names.
-pub struct Devices(&'static str);
+/// The devices that the command line names, and those on PCI.
+pub struct Devices {
+    command_line: &'static str,
+    ecam: Option<Ecam>,
+}
 
-/// One `virtio_mmio.device=SIZE@ADDRESS:IRQ`.
+/// A virtio device.
 pub struct Device {
-    pub size: u64,
-    pub address: u64,
-    pub irq: u32,
+    /// Virtio device id.
+    id: u32,
+    place: Place,
+}
+
+/// Where a device is.
+#[derive(Clone, Copy)]
+enum Place {
+    /// One `virtio_mmio.device=SIZE@ADDRESS:IRQ`.
+    Mmio { size: u64, address: u64, irq: u32 },
+    /// A function of bus 0.
+    Pci { ecam: Ecam, function: DeviceFunction },
 }
 
 impl Devices {
-    /// Those of the command line in the start info.
-    pub fn new(info: Option<StartInfo>) -> Self {
-        Self(info.map_or("", StartInfo::command_line))
+    /// Those of the command line in the start info, and those of the bus that ACPI names.
+    pub fn new(info: Option<StartInfo>, acpi: Option<&Acpi>) -> Self {
+        Self { command_line: info.map_or("", StartInfo::command_line), ecam: Ecam::find(acpi) }
     }
 
     /// Those whose words can be understood and where something is.
     pub fn iter(&self) -> impl Iterator<Item = Device> {
-        let words = self.0.split_ascii_whitespace();
-        words
-            .filter_map(|word| Device::parse(word.strip_prefix("virtio_mmio.device=")?))
-            .filter(|device| device.id() != 0)
+        let words = self.command_line.split_ascii_whitespace();
+        let mmio = words.filter_map(|word| Device::parse(word.strip_prefix("virtio_mmio.device=")?));
+        let pci = self.ecam.into_iter().flat_map(|ecam| {
+            PciRoot::new(ecam).enumerate_bus(0).filter_map(move |(function, info)| {
+                let kind = virtio_device_type(&info)?;
+                Some(Device { id: kind as u32, place: Place::Pci { ecam, function } })
+            })
+        });
+        mmio.chain(pci)
     }
 }
 
@@ -53,56 +75,104 @@ fn number(text: &str) -> Option<u64> {
     value.ok()?.checked_mul(unit)
 }
 
+/// The interrupt of a device on its way to this processor.
+pub enum Interrupt {
+    /// By the I/O APIC.
+    Line,
+    /// By a message, once the queue has its vector.
+    Message(Vectors),
+}
+
 impl Device {
     fn parse(text: &str) -> Option<Self> {
         let (size, rest) = text.split_once('@')?;
         let mut rest = rest.split(':');
-        let device =
-            Self { size: number(size)?, address: number(rest.next()?)?, irq: number(rest.next()?)? as u32 };
-        let end = device.address.checked_add(device.size)?;
-        (device.address.is_multiple_of(4) && device.size >= 0x100 && end <= MAPPED).then_some(device)
+        let (size, address, irq) = (number(size)?, number(rest.next()?)?, number(rest.next()?)? as u32);
+        let end = address.checked_add(size)?;
+        if !address.is_multiple_of(4) || size < 0x100 || end > MAPPED {
+            return None;
+        }
+        let id = match phys::read::<u32>(address) {
+            Some(0x7472_6976) => phys::read(address + 8).filter(|&id| id != 0)?,
+            _ => return None,
+        };
+        Some(Self { id, place: Place::Mmio { size, address, irq } })
     }
 
-    /// The virtio device id, or 0 where there is no device.
-    fn id(&self) -> u32 {
-        match phys::read::<u32>(self.address) {
-            Some(0x7472_6976) => phys::read(self.address + 8).unwrap_or(0),
-            _ => 0,
+    /// Leads the device's interrupt to vector `32 + line`; nothing where that cannot be done.
+    pub fn interrupt(&self, line: u32) -> Option<Interrupt> {
+        match self.place {
+            Place::Mmio { irq, .. } => apic::route(irq, line).then_some(Interrupt::Line),
+            Place::Pci { ecam, function } => Vectors::enable(ecam, function, line).map(Interrupt::Message),
+        }
+    }
+
+    fn transport(&self) -> Result<SomeTransport<'static>, Failure> {
+        match self.place {
+            Place::Mmio { size, address, .. } => {
+                let header = core::ptr::with_exposed_provenance_mut::<VirtIOHeader>(address as usize);
+                let header = NonNull::new(header).ok_or(Failure::NoAddress)?;
+                // SAFETY: the command line says that a device's registers are here, `parse` saw to it that they are mapped,
+                // and one transport at a time uses them.
+                let transport = unsafe { MmioTransport::new(header, size as usize) };
+                transport.map(SomeTransport::Mmio).map_err(Failure::Mmio)
+            }
+            Place::Pci { ecam, function } => {
+                let mut root = PciRoot::new(ecam);
+                root.set_command(function, Command::MEMORY_SPACE | Command::BUS_MASTER);
+                let transport = PciTransport::new::<Identity, _>(&mut root, function);
+                transport.map(SomeTransport::Pci).map_err(Failure::Pci)
+            }
+        }
+    }
+}
+
+/// Why a transport does not come up.
+enum Failure {
+    NoAddress,
+    Mmio(MmioError),
+    Pci(VirtioPciError),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoAddress => f.write_str("no address"),
+            Self::Mmio(error) => error.fmt(f),
+            Self::Pci(error) => error.fmt(f),
         }
     }
 }
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.id() {
-            1 => "net",
-            2 => "blk",
-            3 => "console",
-            4 => "rng",
-            5 => "balloon",
-            19 => "vsock",
-            24 => "mem",
-            27 => "pmem",
-            id => return write!(f, "virtio device {id} at {:#x}, interrupt {}", self.address, self.irq),
-        };
-        let version: u32 = phys::read(self.address + 4).unwrap_or(0);
-        write!(f, "virtio-{kind} at {:#x}, interrupt {}, mmio version {version}", self.address, self.irq)
+        match self.id {
+            1 => f.write_str("virtio-net")?,
+            2 => f.write_str("virtio-blk")?,
+            3 => f.write_str("virtio-console")?,
+            4 => f.write_str("virtio-rng")?,
+            5 => f.write_str("virtio-balloon")?,
+            19 => f.write_str("virtio-vsock")?,
+            24 => f.write_str("virtio-mem")?,
+            27 => f.write_str("virtio-pmem")?,
+            id => write!(f, "virtio device {id}")?,
+        }
+        match self.place {
+            Place::Mmio { address, irq, .. } => {
+                let version: u32 = phys::read(address + 4).unwrap_or(0);
+                write!(f, " at {address:#x}, interrupt {irq}, mmio version {version}")
+            }
+            Place::Pci { function, .. } => write!(f, " at PCI {function}"),
+        }
     }
 }
 
 /// Drives the device, if there is a driver for it.
 pub fn work(report: &mut Report, index: usize, device: &Device) {
-    let Some(header) =
-        NonNull::new(core::ptr::with_exposed_provenance_mut::<VirtIOHeader>(device.address as usize))
-    else {
-        return;
-    };
-    // SAFETY: the command line says that a device's registers are here, `parse` saw to it that they are mapped, and one
-    // transport at a time uses them.
-    let transport = match unsafe { MmioTransport::new(header, device.size as usize) } {
+    let transport = match device.transport() {
         Ok(transport) => transport,
         Err(error) => {
-            report.check("virtio", format_args!("{error} at {:#x}", device.address), false);
+            report.check("virtio", format_args!("{device}: {error}"), false);
             return;
         }
     };
@@ -113,7 +183,7 @@ pub fn work(report: &mut Report, index: usize, device: &Device) {
     }
 }
 
-fn entropy(report: &mut Report, transport: MmioTransport<'_>) {
+fn entropy(report: &mut Report, transport: SomeTransport<'_>) {
     let mut bytes = [0; 32];
     let result = VirtIORng::<Identity, _>::new(transport).and_then(|mut rng| rng.request_entropy(&mut bytes));
     let differ = bytes.iter().any(|&byte| Some(&byte) != bytes.first());

@@ -1,0 +1,12 @@
+//! Control of a running machine: `freestone run --control SOCKET` listens, `freestone ctl SOCKET COMMAND` asks.
+//!
+//! A request is one line of JSON, the answer another: `{"ok": ...}` or `{"error": "..."}`. The socket is the user's own (mode
+//! 0600); clients are served on the machine's event loop, a few at a time, and none can hold it up.
+
+mod client;
+mod protocol;
+mod server;
+
+pub(crate) use client::{Ctl, ctl};
+pub(crate) use protocol::Controls;
+pub(crate) use server::ControlServer;

@@ -1,0 +1,256 @@
+//! The control socket as work on the machine's event loop.
+
+use std::fmt;
+use std::fs;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use freestone_vmm::bus::{Progress, Source, Work};
+use rustix::event::epoll;
+
+use super::protocol::Controls;
+
+/// Clients at a time; more wait in the socket's queue.
+const MAX_CLIENTS: usize = 8;
+/// Bytes of a request, with its newline.
+const MAX_REQUEST: usize = 4096;
+/// The listening socket among the events.
+const LISTENER: u64 = u64::MAX;
+
+/// Serves the control socket; dropping it removes the socket.
+pub(crate) struct ControlServer {
+    listener: UnixListener,
+    path: PathBuf,
+    epoll: Arc<rustix::fd::OwnedFd>,
+    clients: Vec<Option<Client>>,
+    controls: Controls,
+}
+
+struct Client {
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+}
+
+impl ControlServer {
+    /// Listens at `path`. A socket that nobody listens at any more is replaced; any other file is an error.
+    pub(crate) fn bind(path: &Path, controls: Controls) -> io::Result<Self> {
+        remove_stale(path)?;
+        let listener = UnixListener::bind(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
+        let clients = (0..MAX_CLIENTS).map(|_| None).collect();
+        Ok(Self { listener, path: path.to_owned(), epoll: Arc::new(epoll), clients, controls })
+    }
+
+    fn accept(&mut self) {
+        // The listener stays readable, so whoever finds no room is accepted when a client has left.
+        let Some(slot) = self.clients.iter().position(Option::is_none) else { return };
+        let Ok((stream, _)) = self.listener.accept() else { return };
+        let token = epoll::EventData::new_u64(slot as u64);
+        let watched = stream
+            .set_nonblocking(true)
+            .and_then(|()| Ok(epoll::add(&*self.epoll, &stream, token, epoll::EventFlags::IN)?));
+        match (watched, self.clients.get_mut(slot)) {
+            (Ok(()), Some(place)) => {
+                *place = Some(Client { stream, input: Vec::new(), output: Vec::new() });
+            }
+            (Err(error), _) => tracing::warn!(%error, "cannot serve a control client"),
+            (Ok(()), None) => {}
+        }
+    }
+
+    fn serve(&mut self, slot: u64) {
+        let Some(place) = usize::try_from(slot).ok().and_then(|slot| self.clients.get_mut(slot)) else { return };
+        let Some(client) = place else { return };
+        if client.turn(&self.controls).is_err() {
+            // The descriptor leaves the epoll set when it is closed.
+            *place = None;
+            return;
+        }
+        let events = if client.output.is_empty() { epoll::EventFlags::IN } else { epoll::EventFlags::OUT };
+        if epoll::modify(&*self.epoll, &client.stream, epoll::EventData::new_u64(slot), events).is_err() {
+            *place = None;
+        }
+    }
+}
+
+impl Client {
+    /// Answers what is there. An error means that the client is done with.
+    fn turn(&mut self, controls: &Controls) -> io::Result<()> {
+        self.write()?;
+        // One request at a time: the next is read when its answer was taken.
+        if !self.output.is_empty() {
+            return Ok(());
+        }
+        let mut bytes = [0; 1024];
+        match (&self.stream).read(&mut bytes) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(n) => self.input.extend_from_slice(bytes.get(..n).unwrap_or_default()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        while let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = self.input.drain(..=end).collect();
+            self.output.extend_from_slice(controls.answer(&line).as_bytes());
+            self.output.push(b'\n');
+        }
+        if self.input.len() > MAX_REQUEST {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        self.write()
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        while !self.output.is_empty() {
+            match (&self.stream).write(&self.output) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(n) => drop(self.output.drain(..n)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Work for ControlServer {
+    fn sources(&self) -> Vec<Source> {
+        vec![Arc::new(EpollSource(Arc::clone(&self.epoll)))]
+    }
+
+    fn process(&mut self) -> Progress {
+        let mut events = Vec::with_capacity(MAX_CLIENTS + 1);
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let ready = epoll::wait(&*self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&now));
+        if !matches!(ready, Ok(n) if n > 0) {
+            return Progress::Idle;
+        }
+        let full = self.clients.iter().all(Option::is_some);
+        let mut served = false;
+        for event in &events {
+            match event.data.u64() {
+                LISTENER if full => {}
+                LISTENER => {
+                    self.accept();
+                    served = true;
+                }
+                slot => {
+                    self.serve(slot);
+                    served = true;
+                }
+            }
+        }
+        // The outer watch is for edges, so go on until nothing is ready.
+        if served { Progress::More } else { Progress::Idle }
+    }
+}
+
+struct EpollSource(Arc<rustix::fd::OwnedFd>);
+
+impl AsRawFd for EpollSource {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Drop for ControlServer {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!(%error, path = ?self.path, "the control socket was gone already");
+        }
+    }
+}
+
+impl fmt::Debug for ControlServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ControlServer").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// Removes a socket that a VMM left behind when it was killed.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
+    if metadata.file_type().is_socket()
+        && matches!(UnixStream::connect(path), Err(error) if error.kind() == ErrorKind::ConnectionRefused)
+    {
+        return fs::remove_file(path);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+
+    use super::*;
+
+    fn server() -> (ControlServer, tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ctl");
+        (ControlServer::bind(&path, Controls::default()).unwrap(), dir, path)
+    }
+
+    fn settle(server: &mut ControlServer) {
+        while server.process() == Progress::More {}
+    }
+
+    #[test]
+    fn a_request_is_answered_by_one_line_even_if_it_comes_in_pieces() {
+        let (mut server, _dir, path) = server();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.write_all(b"{\"op\": \"no").unwrap();
+        settle(&mut server);
+        client.write_all(b"ne\"}\n").unwrap();
+        settle(&mut server);
+        let mut line = String::new();
+        BufReader::new(client).read_line(&mut line).unwrap();
+        assert!(line.starts_with("{\"error\":"), "{line}");
+    }
+
+    #[test]
+    fn more_clients_than_places_are_served_one_after_the_other() {
+        let (mut server, _dir, path) = server();
+        let waiting: Vec<_> = (0..MAX_CLIENTS).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        settle(&mut server);
+        let mut late = UnixStream::connect(&path).unwrap();
+        late.write_all(b"{}\n").unwrap();
+        settle(&mut server);
+        drop(waiting);
+        settle(&mut server);
+        let mut answer = [0; 1];
+        late.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"{");
+    }
+
+    #[test]
+    fn a_line_without_an_end_is_not_collected_for_ever() {
+        let (mut server, _dir, path) = server();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_nonblocking(true).unwrap();
+        for _ in 0..8 {
+            drop(client.write(&[b'x'; 1024]));
+            settle(&mut server);
+        }
+        assert!(server.clients.iter().all(Option::is_none));
+    }
+
+    #[test]
+    fn a_socket_left_behind_is_replaced_and_the_own_one_removed() {
+        let (server, dir, path) = server();
+        assert!(ControlServer::bind(&path, Controls::default()).is_err());
+        drop(server);
+        assert!(!path.exists());
+        let left = dir.path().join("left");
+        drop(UnixListener::bind(&left).unwrap());
+        let server = ControlServer::bind(&left, Controls::default()).unwrap();
+        assert_eq!(fs::metadata(&left).unwrap().permissions().mode() & 0o777, 0o600);
+        drop(server);
+    }
+}

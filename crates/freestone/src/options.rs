@@ -1,0 +1,126 @@
+//! Options of a device on the command line: `path=disk.img,ro,queues=4`.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Options that are being taken apart: each is taken once by name, and what is left over is an error.
+#[derive(Debug)]
+pub(crate) struct Options {
+    /// Key, value and whether it was taken; a key without `=` has no value.
+    parts: Vec<(String, Option<String>)>,
+}
+
+impl Options {
+    /// Splits `text` at commas; two commas in a row stand for one that belongs to a value. With `first`, a first part without
+    /// `=` is the value of that key.
+    pub(crate) fn parse(text: &str, first: Option<&str>) -> Result<Self, String> {
+        let mut options = Self { parts: Vec::new() };
+        for (number, part) in split(text).into_iter().enumerate() {
+            let (key, value) = match (part.split_once('='), first) {
+                (Some((key, value)), _) => (key.to_owned(), Some(value.to_owned())),
+                (None, Some(first)) if number == 0 => (first.to_owned(), Some(part)),
+                (None, _) => (part, None),
+            };
+            if key.is_empty() {
+                return Err(format!("{text:?} has an empty option"));
+            }
+            if options.parts.iter().any(|(other, _)| *other == key) {
+                return Err(format!("{key:?} is given twice"));
+            }
+            options.parts.push((key, value));
+        }
+        Ok(options)
+    }
+
+    /// Takes the text of `key`.
+    pub(crate) fn text(&mut self, key: &str) -> Result<Option<String>, String> {
+        let Some(at) = self.parts.iter().position(|(other, _)| other == key) else { return Ok(None) };
+        match self.parts.swap_remove(at) {
+            (_, Some(value)) if !value.is_empty() => Ok(Some(value)),
+            _ => Err(format!("{key:?} needs a value: {key}=...")),
+        }
+    }
+
+    /// Takes the value of `key`.
+    pub(crate) fn value<T: FromStr>(&mut self, key: &str) -> Result<Option<T>, String>
+    where
+        T::Err: fmt::Display,
+    {
+        self.with(key, |text| text.parse::<T>().map_err(|error| error.to_string()))
+    }
+
+    /// Takes the value of `key` by way of `parse`.
+    pub(crate) fn with<T>(
+        &mut self,
+        key: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, String> {
+        let text = self.text(key)?;
+        text.map(|text| parse(&text).map_err(|error| format!("{key}={text}: {error}"))).transpose()
+    }
+
+    /// Takes a switch: `key`, `key=on` or `key=off`.
+    pub(crate) fn switch(&mut self, key: &str) -> Result<Option<bool>, String> {
+        let Some(at) = self.parts.iter().position(|(other, _)| other == key) else { return Ok(None) };
+        match self.parts.swap_remove(at).1.as_deref() {
+            None | Some("on") => Ok(Some(true)),
+            Some("off") => Ok(Some(false)),
+            Some(other) => Err(format!("{key}={other}: say on or off")),
+        }
+    }
+
+    /// Fails if an option was not taken. `known` names those there are.
+    pub(crate) fn finish(self, known: &str) -> Result<(), String> {
+        match self.parts.first() {
+            None => Ok(()),
+            Some((key, _)) => Err(format!("{key:?} is no option here; there are: {known}")),
+        }
+    }
+}
+
+/// Splits at single commas.
+fn split(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == ',' && chars.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(last) = parts.last_mut() {
+            last.push(c);
+        }
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_part_may_do_without_its_key() {
+        let mut options = Options::parse("a.img,ro,queues=4", Some("path")).unwrap();
+        assert_eq!(options.text("path").unwrap().as_deref(), Some("a.img"));
+        assert_eq!(options.switch("ro"), Ok(Some(true)));
+        assert_eq!(options.value::<u16>("queues"), Ok(Some(4)));
+        assert_eq!(options.value::<u16>("absent"), Ok(None));
+        options.finish("").unwrap();
+    }
+
+    #[test]
+    fn two_commas_are_one_that_belongs_to_the_value() {
+        let mut options = Options::parse("path=a,,b.img,ro=off", None).unwrap();
+        assert_eq!(options.text("path").unwrap().as_deref(), Some("a,b.img"));
+        assert_eq!(options.switch("ro"), Ok(Some(false)));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        assert!(Options::parse("a=1,a=2", None).unwrap_err().contains("\"a\" is given twice"));
+        assert!(Options::parse("a=1,,,", None).is_err());
+        let mut options = Options::parse("queues=x,ro=maybe,path=,rest", None).unwrap();
+        assert!(options.value::<u16>("queues").unwrap_err().contains("queues=x"));
+        assert!(options.switch("ro").unwrap_err().contains("on or off"));
+        assert!(options.text("path").unwrap_err().contains("needs a value"));
+        assert!(options.finish("a, b").unwrap_err().contains("\"rest\" is no option here; there are: a, b"));
+    }
+}
