@@ -12,5 +12,7 @@ mod exits;
 mod interrupts;
 mod kicks;
 mod memory;
+mod messages;
 mod processors;
+mod slots;
 mod state;
