@@ -1,30 +1,32 @@
 //! The interrupt controllers inside KVM (two 8259 PICs, I/O APIC, local APICs), and irqfds as interrupts of devices.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use freestone_bus::{Irq, IrqChip, IrqTarget};
+use freestone_bus::{Irq, IrqChip, IrqTarget, MsiSource};
 use freestone_hypervisor::{Error, Result};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::{call, io_error};
+use crate::msi::{KvmMsi, KvmMsiSource};
 
 /// Pins of KVM's I/O APIC.
-const PINS: u32 = 24;
+pub(crate) const PINS: u32 = 24;
 
 /// The in-kernel interrupt controller of one VM.
 ///
 /// It holds the VM's descriptor, not the VM: nothing here touches guest memory.
-#[derive(Debug)]
 pub(crate) struct KvmIrqChip {
     vm: Arc<VmFd>,
     lines: Arc<Lines>,
+    /// KVM is asked for it when a device wants it first.
+    msi: OnceLock<Option<Arc<KvmMsi>>>,
 }
 
 /// Which lines have an irqfd, one bit each.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Lines(Mutex<u32>);
 
 impl Lines {
@@ -55,7 +57,7 @@ impl KvmIrqChip {
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             vm.create_pit2(config).map_err(call("KVM_CREATE_PIT2"))?;
         }
-        Ok(Self { vm: vm.clone(), lines: Arc::default() })
+        Ok(Self { vm: vm.clone(), lines: Arc::default(), msi: OnceLock::new() })
     }
 }
 
@@ -79,6 +81,11 @@ impl IrqChip for KvmIrqChip {
         self.vm.register_irqfd(&irqfd.fd, gsi).map_err(io_error)?;
         irqfd.bound = true;
         Ok(Irq::new(irqfd))
+    }
+
+    fn msi(&self) -> Option<Arc<dyn MsiSource>> {
+        let msi = self.msi.get_or_init(|| KvmMsi::new(&self.vm)).clone()?;
+        Some(Arc::new(KvmMsiSource(msi)))
     }
 }
 

@@ -6,7 +6,7 @@ mod common;
 use std::process::Command;
 
 use common::{MIB, bytes_at, le32, le64, memory};
-use freestone_loader::acpi::{AcpiConfig, AmlDevice, Power, Resource, Trigger, write_acpi};
+use freestone_loader::acpi::{AcpiConfig, AmlDevice, PciRoot, Power, Resource, Trigger, write_acpi};
 use freestone_memory::GuestMem;
 
 fn machine() -> AcpiConfig {
@@ -32,6 +32,13 @@ fn virtio_mmio(i: u32) -> AmlDevice {
         .uid(i)
         .resource(Resource::Mmio { base: 0xd000_0000 + u64::from(i) * 0x1000, len: 0x1000 })
         .resource(Resource::Irq { gsi: 5 + i % 19, trigger: Trigger::Level, shared: true })
+}
+
+const ROOT: PciRoot =
+    PciRoot { ecam: 0xe000_0000, first_bus: 0, last_bus: 0, mmio_base: 0xd800_0000, mmio_len: 0x800_0000 };
+
+fn with_roots(roots: &[PciRoot]) -> AcpiConfig {
+    AcpiConfig { pci_roots: roots.to_vec(), ..machine() }
 }
 
 /// RSDP address and the tables by signature, checksums checked, found as a guest finds them.
@@ -160,6 +167,99 @@ fn virtio_mmio_device_has_memory_and_interrupt() {
 }
 
 #[test]
+fn mcfg_is_there_with_a_pci_root_only_and_has_its_configuration_space() {
+    let mem = memory(2 * MIB);
+    let rsdp = write_acpi(&mem, &with_roots(&[ROOT])).unwrap();
+    let tables = tables(&mem, rsdp);
+    let found: Vec<_> = tables.iter().map(|t| t.0.as_str()).collect();
+    assert_eq!(found, ["FACP", "APIC", "MCFG", "DSDT", "XSDT"]);
+    // 8 reserved bytes; base address, segment, first and last bus, 4 reserved bytes
+    assert_eq!(tables[2].1[36..44], [0; 8]);
+    assert_eq!(tables[2].1[44..], [0, 0, 0, 0xe0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn mcfg_gives_the_address_of_bus_0_also_for_a_root_that_begins_later() {
+    let late = PciRoot { ecam: 0xe010_0000, first_bus: 1, last_bus: 3, ..ROOT };
+    let mcfg = table(&with_roots(&[ROOT, late]), "MCFG");
+    assert_eq!(mcfg[60..], [0, 0, 0, 0xe0, 0, 0, 0, 0, 0, 0, 1, 3, 0, 0, 0, 0]);
+}
+
+#[test]
+fn host_bridge_has_its_identity_and_hands_on_buses_and_memory() {
+    let dsdt = table(&with_roots(&[PciRoot { last_bus: 7, ..ROOT }]), "DSDT");
+    let at = dsdt.windows(4).position(|w| w == b"PCI0").unwrap();
+    let end = at + dsdt[at..].windows(4).position(|w| w == b"ECM0").unwrap();
+    let bridge = &dsdt[at..end];
+    let has = |bytes: &[u8]| bridge.windows(bytes.len()).any(|w| w == bytes);
+    assert!(has(b"\x08_HID\x0c\x41\xd0\x0a\x08"), "PNP0A08");
+    assert!(has(b"\x08_CID\x0c\x41\xd0\x0a\x03"), "PNP0A03");
+    assert!(has(b"\x08_SEG\x00") && has(b"\x08_BBN\x00") && has(b"\x08_UID\x00"));
+    assert!(!has(b"_PRT"));
+    // Word bus number, produced, fixed: granularity 0, 0 to 7, no translation, 8 of them
+    assert!(has(&[0x88, 13, 0, 2, 0b1100, 0, 0, 0, 0, 0, 7, 0, 0, 0, 8, 0]));
+    // I/O ports 0xcf8 to 0xcff
+    assert!(has(&[0x47, 1, 0xf8, 0x0c, 0xf8, 0x0c, 1, 8]));
+    // DWord memory, produced, fixed, read-write, not cacheable
+    let mut window = vec![0x87, 23, 0, 0, 0b1100, 1];
+    for field in [0_u32, 0xd800_0000, 0xdfff_ffff, 0, 0x0800_0000] {
+        window.extend_from_slice(&field.to_le_bytes());
+    }
+    assert!(has(&window));
+}
+
+#[test]
+fn configuration_space_is_reserved_as_a_resource_of_the_motherboard() {
+    let dsdt = table(&with_roots(&[PciRoot { last_bus: 1, ..ROOT }]), "DSDT");
+    let at = dsdt.windows(4).position(|w| w == b"ECM0").unwrap();
+    let device = &dsdt[at..at + 60];
+    let has = |bytes: &[u8]| device.windows(bytes.len()).any(|w| w == bytes);
+    assert!(has(b"\x08_HID\x0c\x41\xd0\x0c\x02"), "PNP0C02");
+    // Memory32Fixed, writable, 2 MiB
+    assert!(has(&[0x86, 9, 0, 1, 0, 0, 0, 0xe0, 0, 0, 0x20, 0]));
+}
+
+#[test]
+fn only_the_first_root_has_the_configuration_ports() {
+    let second = PciRoot { ecam: 0xe010_0000, first_bus: 1, last_bus: 1, mmio_base: 0x10_0000_0000, ..ROOT };
+    let dsdt = table(&with_roots(&[ROOT, second]), "DSDT");
+    let ports = [0x47, 1, 0xf8, 0x0c, 0xf8, 0x0c, 1, 8];
+    assert_eq!(dsdt.windows(8).filter(|w| *w == ports).count(), 1);
+}
+
+#[test]
+fn pci_leaves_message_signalled_interrupts_allowed() {
+    let fadt = table(&with_roots(&[ROOT]), "FACP");
+    assert_eq!(fadt[109] & 1 << 3, 0, "MSI not supported");
+}
+
+#[test]
+fn pci_roots_that_cannot_be_described_are_refused() {
+    for (root, problem) in [
+        (PciRoot { ecam: 0xe000_8000, ..ROOT }, "is not a multiple of 1 MiB"),
+        (PciRoot { first_bus: 2, last_bus: 1, ..ROOT }, "is empty"),
+        (PciRoot { ecam: 0, first_bus: 1, last_bus: 1, ..ROOT }, "below address 0"),
+        (PciRoot { ecam: u64::MAX << 20, last_bus: 255, ..ROOT }, "beyond 64 bits"),
+        (PciRoot { mmio_len: 0, ..ROOT }, "is empty or wraps"),
+        (PciRoot { mmio_base: u64::MAX, mmio_len: 2, ..ROOT }, "is empty or wraps"),
+    ] {
+        let message = refusal(&with_roots(&[root]));
+        assert!(message.contains(problem), "{message}");
+    }
+    assert!(refusal(&with_roots(&[ROOT, ROOT])).contains("another root"));
+    assert!(refusal(&with_roots(&[ROOT; 17])).contains("more than 16"));
+    let taken = AcpiConfig { devices: vec![AmlDevice::new("PCI0", "PNP0501")], ..with_roots(&[ROOT]) };
+    assert_eq!(refusal(&taken), "ACPI: device name \"PCI0\" is used twice");
+}
+
+#[test]
+fn window_of_all_32_bit_addresses_can_be_described() {
+    let dsdt = table(&with_roots(&[PciRoot { mmio_base: 0, mmio_len: 1 << 32, ..ROOT }]), "DSDT");
+    // QWord memory
+    assert!(dsdt.windows(4).any(|w| w == [0x8a, 43, 0, 0]));
+}
+
+#[test]
 fn many_devices_and_processors_fit() {
     let devices = (0..128).map(virtio_mmio).collect();
     let mem = memory(2 * MIB);
@@ -233,6 +333,8 @@ fn acpica_decompiles_and_recompiles_all_tables_without_complaint() {
             .resource(Resource::Mmio { base: 0x1_0000_0000, len: 0x1_0000_0000 })
             .resource(Resource::Io { base: 0x1000, len: 0x100 })
     });
+    let wide = PciRoot { ecam: 0xe010_0000, first_bus: 1, last_bus: 1, mmio_base: 1 << 40, ..ROOT };
+    config.pci_roots = vec![ROOT, wide];
     let mem = memory(2 * MIB);
     let rsdp = write_acpi(&mem, &config).unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -252,6 +354,8 @@ fn acpica_decompiles_and_recompiles_all_tables_without_complaint() {
             let source = std::fs::read_to_string(dir.path().join("DSDT.dsl")).unwrap();
             assert!(source.contains("QWordMemory (ResourceConsumer"), "{source}");
             assert!(source.contains("WordIO (ResourceConsumer"), "{source}");
+            assert!(source.contains("DWordMemory (ResourceProducer"), "{source}");
+            assert!(source.contains("WordBusNumber (ResourceProducer"), "{source}");
         }
     }
 }

@@ -89,6 +89,18 @@ pub fn filter(host: &[CpuidLeaf], config: &CpuidConfig) -> Vec<CpuidLeaf> {
     leaves.into_values().collect()
 }
 
+/// Bits of a guest-physical address on a processor with these leaves (Intel SDM Vol. 2A, AMD APM Vol. 3: CPUID 0x8000_0008
+/// EAX): 36 where they do not say. Less if the hypervisor says that it cannot map them all (bits 23:16, set by KVM).
+pub fn physical_address_bits(leaves: &[CpuidLeaf]) -> u8 {
+    let sizes = leaves.iter().find(|leaf| leaf.function == 0x8000_0008).map_or(0, |leaf| leaf.eax);
+    let [physical, _, guest, _] = sizes.to_le_bytes();
+    match (physical, guest) {
+        (0, _) => 36,
+        (physical, 0) => physical,
+        (physical, guest) => physical.min(guest),
+    }
+}
+
 /// What of the host's processor decides how others of its leaves are read.
 struct Processor {
     max_basic: u32,

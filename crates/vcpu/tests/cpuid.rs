@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use freestone_hypervisor::x86::CpuidLeaf;
-use freestone_vcpu::cpuid::{MAX_LEAVES, filter};
+use freestone_vcpu::cpuid::{MAX_LEAVES, filter, physical_address_bits};
 use freestone_vcpu::{CpuidConfig, Topology};
 use proptest::prelude::*;
 
@@ -82,6 +82,15 @@ fn with(cpus: u32, index: u32, threads_per_core: u32, cores_per_package: u32) ->
         topology: Topology { threads_per_core, cores_per_package },
         ..CpuidConfig::new(cpus, index)
     }
+}
+
+#[test]
+fn addresses_have_as_many_bits_as_processor_and_hypervisor_take_and_36_if_neither_says() {
+    let bits = |eax| physical_address_bits(&[leaf(0x8000_0008, eax, 0, 0, 0)]);
+    assert_eq!(bits(0x302e), 46);
+    assert_eq!(bits(0x0030_3034), 48, "the hypervisor maps fewer");
+    assert_eq!(bits(0x0039_3028), 40);
+    assert_eq!([bits(0), physical_address_bits(&[])], [36, 36]);
 }
 
 #[test]

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use freestone_bus::{
-    Bus, Description, Doorbells, Error, FixedHardware, IoDevice, Irq, IrqChip, LoopHandle, MsiSource,
-    Notifier, Result, Spawn, Wiring, pci::PciSegment,
+    Bus, Description, Doorbells, Error, FixedHardware, IoDevice, Irq, IrqChip, LoopHandle, MemorySlots,
+    MsiSource, Notifier, Result, Spawn, Wiring, pci::PciSegment,
 };
-use freestone_memory::{GuestMem, layout};
+use freestone_memory::{Address, GuestMem, GuestMemoryRegion, layout};
 use freestone_vcpu::Dispatcher;
 use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
 
@@ -15,6 +15,20 @@ use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
 const FIRST_FREE_GSI: u32 = 5;
 /// Device address space is handed out in pages.
 const MMIO_ALIGN: u64 = 0x1000;
+/// Device memory starts at a multiple of this, so that a guest may map it by its largest pages.
+const DEVICE_MEMORY_ALIGN: u64 = 1 << 30;
+/// Guests with 4-level page tables map all physical memory in half of a 48-bit space, so nothing is put beyond these bits.
+const DEVICE_MEMORY_BITS: u8 = 46;
+
+/// What the hypervisor has and the board hands on.
+#[derive(Default)]
+pub(crate) struct Supply {
+    pub(crate) chip: Option<Arc<dyn IrqChip>>,
+    pub(crate) doorbells: Option<Arc<dyn Doorbells>>,
+    pub(crate) slots: Option<Arc<dyn MemorySlots>>,
+    /// Bits of a guest-physical address.
+    pub(crate) phys_bits: u8,
+}
 
 /// The wiring of a [`Machine`](crate::Machine).
 pub(crate) struct Board {
@@ -23,9 +37,11 @@ pub(crate) struct Board {
     mmio: Bus,
     chip: Option<Arc<dyn IrqChip>>,
     doorbells: Option<Arc<dyn Doorbells>>,
+    slots: Option<Arc<dyn MemorySlots>>,
     spawner: LoopHandle,
     notifier: Notifier,
     addresses: Option<AddressAllocator>,
+    device_memory: Option<AddressAllocator>,
     lines: Option<IdAllocator>,
     pci: Option<Arc<PciSegment>>,
     pub(crate) descriptions: Vec<Description>,
@@ -35,27 +51,25 @@ pub(crate) struct Board {
 }
 
 impl Board {
-    pub(crate) fn new(
-        memory: GuestMem,
-        chip: Option<Arc<dyn IrqChip>>,
-        doorbells: Option<Arc<dyn Doorbells>>,
-        spawner: LoopHandle,
-        notifier: Notifier,
-    ) -> Self {
+    pub(crate) fn new(memory: GuestMem, supply: Supply, spawner: LoopHandle, notifier: Notifier) -> Self {
+        let Supply { chip, doorbells, slots, phys_bits } = supply;
         let lines = chip.as_ref().and_then(|c| {
             let last = c.pins().checked_sub(1)?;
             IdAllocator::new(FIRST_FREE_GSI, last).ok()
         });
         let addresses = AddressAllocator::new(layout::MMIO_START, layout::MMIO_END - layout::MMIO_START).ok();
+        let device_memory = device_memory(&memory, phys_bits);
         Self {
             memory,
             pio: Bus::new(),
             mmio: Bus::new(),
             chip,
             doorbells,
+            slots,
             spawner,
             notifier,
             addresses,
+            device_memory,
             lines,
             pci: None,
             descriptions: Vec::new(),
@@ -76,6 +90,15 @@ impl Board {
     fn exhausted(&self, what: &'static str) -> Error {
         Error::Exhausted { what, device: self.plugging.clone() }
     }
+}
+
+/// The addresses for memory of devices: from behind all RAM and 4 GiB to the end of what the guest can address.
+fn device_memory(memory: &GuestMem, phys_bits: u8) -> Option<AddressAllocator> {
+    let ram = memory.regions().iter().map(|region| region.last_addr().raw_value()).max()?;
+    let start = ram.checked_add(1)?.max(layout::RAM_ABOVE_HOLE);
+    let start = start.checked_next_multiple_of(DEVICE_MEMORY_ALIGN)?;
+    let end = 1_u64 << phys_bits.min(DEVICE_MEMORY_BITS);
+    AddressAllocator::new(start, end.checked_sub(start)?).ok()
 }
 
 impl Wiring for Board {
@@ -139,6 +162,21 @@ impl Wiring for Board {
         Ok(())
     }
 
+    fn memory_slots(&self) -> Option<Arc<dyn MemorySlots>> {
+        self.slots.clone()
+    }
+
+    fn alloc_memory(&mut self, len: u64, align: u64) -> Result<u64> {
+        let exhausted = self.exhausted("guest-physical address space above RAM");
+        let len = len.checked_next_multiple_of(layout::PAGE_SIZE);
+        self.device_memory
+            .as_mut()
+            .zip(len)
+            .and_then(|(a, len)| a.allocate(len, align.max(layout::PAGE_SIZE), AllocPolicy::FirstMatch).ok())
+            .map(|range| range.start())
+            .ok_or(exhausted)
+    }
+
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         self.doorbells.clone()
     }
@@ -189,9 +227,15 @@ mod tests {
     }
 
     fn board(chip: Option<Arc<dyn IrqChip>>) -> Board {
-        let memory = GuestMem::anonymous(1 << 20).unwrap();
+        with_memory(
+            GuestMem::anonymous(1 << 20).unwrap(),
+            Supply { chip, phys_bits: 40, ..Supply::default() },
+        )
+    }
+
+    fn with_memory(memory: GuestMem, supply: Supply) -> Board {
         let handle = EventLoop::new().unwrap().handle();
-        let mut board = Board::new(memory, chip, None, handle, Notifier::new(|_| {}));
+        let mut board = Board::new(memory, supply, handle, Notifier::new(|_| {}));
         board.plugging = "probe".into();
         board
     }
@@ -220,6 +264,36 @@ mod tests {
         assert_eq!(board.alloc_mmio(0x1000).unwrap(), layout::MMIO_START + 0x1000);
         assert!(board.alloc_mmio(layout::MMIO_END - layout::MMIO_START).is_err());
         assert!(board.alloc_mmio(0).is_err());
+    }
+
+    #[test]
+    fn device_memory_is_above_ram_and_4_gib_and_below_the_end_of_addresses() {
+        let mut board = board(None);
+        assert_eq!(board.alloc_memory(0x200, 1).unwrap(), 1 << 32);
+        assert_eq!(board.alloc_memory(0x1000, 0x1000).unwrap(), (1 << 32) + 0x1000);
+        assert_eq!(board.alloc_memory(1 << 30, 1 << 30).unwrap(), 5 << 30);
+        let end = 1 << 40;
+        assert!(board.alloc_memory(end - (6 << 30) + 0x1000, 0x1000).is_err());
+        assert_eq!(board.alloc_memory(end - (6 << 30), 0x1000).unwrap(), 6 << 30);
+        assert!(board.alloc_memory(0, 0x1000).is_err() && board.alloc_memory(u64::MAX, 0x1000).is_err());
+        let error = board.alloc_memory(1 << 40, 1 << 21).unwrap_err();
+        assert_eq!(error.to_string(), "no guest-physical address space above RAM left for device probe");
+    }
+
+    #[test]
+    fn device_memory_starts_at_the_next_gib_behind_ram() {
+        let supply = Supply { phys_bits: 52, ..Supply::default() };
+        let memory = GuestMem::anonymous(layout::HOLE_START + (2 << 30) + 0x1000).unwrap();
+        let mut board = with_memory(memory, supply);
+        assert_eq!(board.alloc_memory(0x1000, 0x1000).unwrap(), 7 << 30);
+        assert!(board.alloc_memory(1 << 46, 0x1000).is_err(), "46 bits at most");
+    }
+
+    #[test]
+    fn processor_that_addresses_no_more_than_ram_has_no_device_memory() {
+        let supply = Supply { phys_bits: 32, ..Supply::default() };
+        let mut board = with_memory(GuestMem::anonymous(1 << 20).unwrap(), supply);
+        assert!(matches!(board.alloc_memory(0x1000, 0x1000), Err(Error::Exhausted { .. })));
     }
 
     #[test]

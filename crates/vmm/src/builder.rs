@@ -4,12 +4,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use freestone_bus::{EventLoop, Plug};
+use freestone_hypervisor::x86::CpuidLeaf;
 use freestone_hypervisor::{CpuState, Hypervisor, MapFlags, Vm};
 use freestone_loader::{Entry, acpi};
 use freestone_memory::GuestMem;
 use freestone_vcpu::{BootState, CpuidConfig, configure_boot, cpuid, lapic, msr};
 
-use crate::board::Board;
+use crate::board::{Board, Supply};
 use crate::exit::Shared;
 use crate::firmware;
 use crate::inventory::Inventory;
@@ -105,8 +106,14 @@ impl<'h, H: Hypervisor> MachineBuilder<'h, H> {
         let event_loop = EventLoop::new()?;
         let shared = Shared::new(event_loop.handle());
         let chip = if self.irq_chip { vm.irq_chip()? } else { None };
-        let mut board =
-            Board::new(memory.clone(), chip, vm.doorbells(), event_loop.handle(), shared.notifier());
+        let host = self.hypervisor.supported_cpuid()?;
+        let supply = Supply {
+            chip,
+            doorbells: vm.doorbells(),
+            slots: vm.memory_slots(),
+            phys_bits: cpuid::physical_address_bits(&host),
+        };
+        let mut board = Board::new(memory.clone(), supply, event_loop.handle(), shared.notifier());
         let inventory = plug_in(&mut board, self.plugs)?;
 
         let rsdp = if payload.wants_firmware() {
@@ -118,7 +125,7 @@ impl<'h, H: Hypervisor> MachineBuilder<'h, H> {
         let parameters = firmware::kernel_parameters(&board.descriptions);
         let entry = payload.load(&memory, rsdp, &parameters)?;
 
-        let mut vcpus = create_vcpus(self.hypervisor, &vm, self.cpus, board.has_irq_chip())?;
+        let mut vcpus = create_vcpus(&vm, &host, self.cpus, board.has_irq_chip())?;
         if let Some(first) = vcpus.first_mut() {
             configure_boot(first, &memory, &boot_state(&entry))?;
         }
@@ -142,18 +149,12 @@ fn plug_in(board: &mut Board, plugs: Vec<Box<dyn Plug>>) -> Result<Inventory> {
 }
 
 /// The vCPUs with all that does not depend on the payload.
-fn create_vcpus<H: Hypervisor>(
-    hypervisor: &H,
-    vm: &H::Vm,
-    cpus: u32,
-    irq_chip: bool,
-) -> Result<Vec<<H::Vm as Vm>::Vcpu>> {
-    let host = hypervisor.supported_cpuid()?;
+fn create_vcpus<V: Vm>(vm: &V, host: &[CpuidLeaf], cpus: u32, irq_chip: bool) -> Result<Vec<V::Vcpu>> {
     let mut vcpus = Vec::new();
     for index in 0..cpus {
         let mut vcpu = vm.create_vcpu(index)?;
         let config = CpuidConfig { lapic: irq_chip, ..CpuidConfig::new(cpus, index) };
-        vcpu.set_cpuid(&cpuid::filter(&host, &config))?;
+        vcpu.set_cpuid(&cpuid::filter(host, &config))?;
         let refused = msr::configure_msrs(&mut vcpu)?;
         if !refused.is_empty() {
             tracing::debug!(vcpu = index, ?refused, "the hypervisor does not take these MSRs");

@@ -1,7 +1,7 @@
 //! Firmware tables from what the devices announced: no device type is known here.
 
 use freestone_bus::{Description, FixedHardware, Resource};
-use freestone_loader::acpi::{self, AcpiConfig, AmlDevice};
+use freestone_loader::acpi::{self, AcpiConfig, AmlDevice, PciRoot};
 
 /// The configuration of the ACPI tables for these devices.
 pub(crate) fn acpi_config(cpus: u32, descriptions: &[Description], fixed: &[FixedHardware]) -> AcpiConfig {
@@ -17,6 +17,9 @@ pub(crate) fn acpi_config(cpus: u32, descriptions: &[Description], fixed: &[Fixe
             FixedHardware::CmosRtc { century } => {
                 config.has_cmos = true;
                 config.cmos_century = (century != 0).then_some(century);
+            }
+            FixedHardware::PciRoot { ecam, first_bus, last_bus, mmio_base, mmio_len } => {
+                config.pci_roots.push(PciRoot { ecam, first_bus, last_bus, mmio_base, mmio_len });
             }
             _ => {}
         }
@@ -78,12 +81,27 @@ mod tests {
             FixedHardware::Sleep { control: 0x600, status: 0x601, s5_type: 5 },
             FixedHardware::Reset { port: 0x602, value: 1 },
             FixedHardware::CmosRtc { century: 0 },
+            FixedHardware::PciRoot {
+                ecam: 0xe000_0000,
+                first_bus: 0,
+                last_bus: 1,
+                mmio_base: 0xd800_0000,
+                mmio_len: 0x1000,
+            },
         ];
         let config = acpi_config(3, &[disk()], &fixed);
         assert_eq!(config.cpus, 3);
         assert_eq!((config.power.sleep_control, config.power.reset), (0x600, Some((0x602, 1))));
         assert!(config.has_cmos && !config.has_i8042);
         assert_eq!(config.cmos_century, None);
+        let root = PciRoot {
+            ecam: 0xe000_0000,
+            first_bus: 0,
+            last_bus: 1,
+            mmio_base: 0xd800_0000,
+            mmio_len: 0x1000,
+        };
+        assert_eq!(config.pci_roots, [root]);
         assert_eq!(config.devices[0].hid, "LNRO0005");
         assert_eq!(config.devices[0].resources.len(), 2);
     }

@@ -10,7 +10,7 @@ use crate::common::*;
 
 /// Sets up the first PIC for vectors from 0x20 with only line 5 open, says so on port 0x11, and waits; the handler of line 5
 /// writes to port 0x10.
-fn interrupt_guest(machine: &Machine) {
+pub fn interrupt_guest(machine: &Machine) {
     const HANDLER: u16 = 0x1100;
     machine.write(
         ENTRY,

@@ -4,7 +4,7 @@
 //! by name.
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
 
 mod common;
 
@@ -12,5 +12,7 @@ mod exits;
 mod interrupts;
 mod kicks;
 mod memory;
+mod messages;
 mod processors;
+mod slots;
 mod state;

@@ -1,4 +1,4 @@
-//! The differentiated system description table: `_S5_`, processors and devices in AML.
+//! The differentiated system description table: `_S5_`, processors, PCI roots and devices in AML.
 //!
 //! acpi_tables panics on names it cannot encode, so every name is checked here first.
 
@@ -12,7 +12,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use super::{AcpiConfig, AmlDevice, Resource, Trigger, refuse};
+use super::{AcpiConfig, AmlDevice, Resource, Trigger, pci, refuse};
 use crate::Result;
 
 /// Length of the header that all tables but the RSDP have.
@@ -32,6 +32,11 @@ pub(super) fn build(config: &AcpiConfig, sink: &mut Vec<u8>) -> Result<()> {
         // The namespace has a device for each processor of the MADT, with the same UID (ACPI 6.5, 5.2.12.2).
         let cpu = AmlDevice::new(format!("C{id:03X}"), "ACPI0007").uid(id);
         add_device(&cpu, &mut names, &mut devices)?;
+    }
+    for (number, root) in (0..).zip(&config.pci_roots) {
+        claim_name(&pci::bridge_name(number), &mut names)?;
+        pci::bridge(number, root, &mut devices)?;
+        add_device(&pci::ecam_device(number, root), &mut names, &mut devices)?;
     }
     for device in &config.devices {
         add_device(device, &mut names, &mut devices)?;
@@ -54,9 +59,7 @@ fn s5(kind: u8) -> Result<Name> {
 
 fn add_device(device: &AmlDevice, names: &mut HashSet<String>, sink: &mut Vec<u8>) -> Result<()> {
     check_name(&device.name)?;
-    if !names.insert(device.name.clone()) {
-        return Err(refuse("device name", &device.name, "is used twice"));
-    }
+    claim_name(&device.name, names)?;
     let mut children = vec![Name::new("_HID".into(), &*id(&device.hid)?)];
     if let Some(uid) = device.uid {
         children.push(Name::new("_UID".into(), &uid));
@@ -72,6 +75,10 @@ fn add_device(device: &AmlDevice, names: &mut HashSet<String>, sink: &mut Vec<u8
     let children = children.iter().map(|child| -> &dyn Aml { child }).collect();
     Device::new(device.name.as_str().into(), children).to_aml_bytes(sink);
     Ok(())
+}
+
+fn claim_name(name: &str, names: &mut HashSet<String>) -> Result<()> {
+    if names.insert(name.to_owned()) { Ok(()) } else { Err(refuse("device name", name, "is used twice")) }
 }
 
 /// A name segment (ACPI 6.5, 20.2.2). A leading underscore is left to the specification's own names.

@@ -1,4 +1,4 @@
-//! ACPI tables for a hardware-reduced platform (ACPI 6.5): RSDP, XSDT, FADT, MADT and DSDT.
+//! ACPI tables for a hardware-reduced platform (ACPI 6.5): RSDP, XSDT, FADT, MADT, DSDT, and an MCFG if there is PCI.
 //!
 //! Data in, tables out. This module knows no device: the caller says which devices there are, by name, hardware ID and
 //! resources, and they appear under `\_SB`. There is no SCI, no PM1 block and no FACS: power-off goes through the sleep
@@ -6,6 +6,7 @@
 //! frequency from kvm-clock or CPUID.
 
 mod dsdt;
+mod pci;
 mod reset;
 mod tables;
 
@@ -90,6 +91,23 @@ impl AmlDevice {
     }
 }
 
+/// A PCI Express root in segment 0: a host bridge (`PNP0A08`) named `PCI0`, `PCI1` and so on, whose devices interrupt by
+/// messages alone. Its configuration space is in the MCFG and reserved by another device, `ECM0` and so on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PciRoot {
+    /// Guest-physical address of the configuration space of `first_bus`, a multiple of 1 MiB; each bus has 1 MiB. Linux
+    /// wants it below 4 GiB.
+    pub ecam: u64,
+    /// First bus: the one right behind the root.
+    pub first_bus: u8,
+    /// Last bus, not below the first.
+    pub last_bus: u8,
+    /// First guest-physical address of the window for base address registers.
+    pub mmio_base: u64,
+    /// Length of that window in bytes, not 0.
+    pub mmio_len: u64,
+}
+
 /// The registers for power-off and reset (ACPI 6.5, 4.8.3.6 and 4.8.3.7). All are 8 bits wide, in I/O space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Power {
@@ -115,6 +133,8 @@ pub struct AcpiConfig {
     pub lapic: u64,
     /// Devices under `\_SB`.
     pub devices: Vec<AmlDevice>,
+    /// PCI Express roots, at most 16, no two with the same bus. The first also answers at ports 0xcf8 to 0xcff.
+    pub pci_roots: Vec<PciRoot>,
     /// Power-off and reset.
     pub power: Power,
     /// Whether a guest should look for an i8042 keyboard controller.
@@ -133,6 +153,7 @@ impl Default for AcpiConfig {
             ioapic: layout::IOAPIC_ADDR,
             lapic: layout::LAPIC_ADDR,
             devices: Vec::new(),
+            pci_roots: Vec::new(),
             power: Power::default(),
             has_i8042: false,
             has_cmos: false,

@@ -1,4 +1,4 @@
-//! The fixed tables and their arrangement: RSDP, XSDT, FADT, MADT, DSDT, one after the other.
+//! The fixed tables and their arrangement: RSDP, XSDT, DSDT, FADT, MADT and MCFG, one after the other.
 
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -7,7 +7,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, fadt};
 
-use super::{AcpiConfig, MAX_CPUS, Power, dsdt, refuse};
+use super::{AcpiConfig, MAX_CPUS, Power, dsdt, pci, refuse};
 use crate::{Error, Result};
 
 pub(super) const OEM_ID: [u8; 6] = *b"FRESTN";
@@ -17,7 +17,7 @@ pub(super) const OEM_REVISION: u32 = 1;
 /// Alignment of each table; the RSDP needs 16 bytes (ACPI 6.5, 5.2.5.1), the rest is for tidiness.
 const ALIGN: usize = 16;
 
-/// IAPC_BOOT_ARCH (ACPI 6.5, table 5.11).
+/// IAPC_BOOT_ARCH (ACPI 6.5, table 5.11). Bit 3, "MSI not supported", stays clear: PCI devices interrupt by messages.
 const LEGACY_DEVICES: u16 = 1 << 0;
 const HAS_8042: u16 = 1 << 1;
 const NO_VGA: u16 = 1 << 2;
@@ -25,10 +25,11 @@ const NO_CMOS_RTC: u16 = 1 << 5;
 
 /// All tables for `base`, as one piece that begins with the RSDP.
 pub(super) fn build(config: &AcpiConfig, base: u64) -> Result<Vec<u8>> {
+    pci::check(&config.pci_roots)?;
     let mut tables = Vec::with_capacity(0x1000);
     // Their addresses point onwards, so leave room for the RSDP and the XSDT and fill them in last.
     let xsdt_at = Rsdp::len().next_multiple_of(ALIGN);
-    let xsdt_len = 36 + 2 * 8;
+    let xsdt_len = 36 + 8 * if config.pci_roots.is_empty() { 2 } else { 3 };
     tables.resize(xsdt_at + xsdt_len, 0);
 
     let dsdt = append(&mut tables, base, |sink| dsdt::build(config, sink))?;
@@ -41,9 +42,21 @@ pub(super) fn build(config: &AcpiConfig, base: u64) -> Result<Vec<u8>> {
         Ok(())
     })?;
 
+    let mcfg = if config.pci_roots.is_empty() {
+        None
+    } else {
+        Some(append(&mut tables, base, |sink| {
+            pci::mcfg(&config.pci_roots).to_aml_bytes(sink);
+            Ok(())
+        })?)
+    };
+
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if let Some(mcfg) = mcfg {
+        xsdt.add_entry(mcfg);
+    }
     let mut front = Vec::with_capacity(xsdt_at + xsdt_len);
     Rsdp::new(OEM_ID, address(base, xsdt_at)?).to_aml_bytes(&mut front);
     front.resize(xsdt_at, 0);
