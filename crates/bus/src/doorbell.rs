@@ -16,7 +16,8 @@ pub enum IoAddr {
 
 /// What a VM offers if it can turn guest writes into eventfd signals (KVM's ioeventfd).
 pub trait Doorbells: Send + Sync {
-    /// Signals `fd` on each 32-bit write to `addr`; with `datamatch`, only when that value is written.
+    /// Signals `fd` on each write to `addr`, whatever its width and value; with `datamatch`, only on a 32-bit write of that
+    /// value. A write that starts elsewhere and runs over `addr` does not ring.
     ///
     /// The binding ends when the guard is dropped. A device must still accept the write on its bus: not every
     /// hypervisor has doorbells.

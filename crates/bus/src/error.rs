@@ -40,6 +40,14 @@ pub enum Error {
         /// Device that asked.
         device: String,
     },
+    /// A function of PCI was given something that its configuration space cannot hold.
+    #[error("PCI configuration space cannot hold {what} {value:#x}")]
+    PciConfig {
+        /// What it is.
+        what: &'static str,
+        /// Its number or value.
+        value: u64,
+    },
     /// An operation of the host failed.
     #[error("cannot {op}")]
     Io {

@@ -61,7 +61,7 @@ macro_rules! byte_device {
 pub(crate) use byte_device;
 
 /// A device that only answers accesses: there is nothing to pause or flush.
-struct Passive(&'static str);
+pub(crate) struct Passive(pub(crate) &'static str);
 
 impl Device for Passive {
     fn name(&self) -> &str {

@@ -16,8 +16,11 @@ use vmm_sys_util::ioctl_iow_nr;
 
 ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
 
-/// Width of the writes that ring, in bytes.
-const WIDTH: u32 = 4;
+/// Width of the writes that ring by their value, in bytes.
+const MATCH_WIDTH: u32 = 4;
+/// Any width. KVM then need not decode the instruction that wrote, where the processor says which address faulted
+/// (KVM API, 4.59, `KVM_CAP_IOEVENTFD_ANY_LENGTH`); it refuses this with a value to match.
+const ANY_WIDTH: u32 = 0;
 
 /// The doorbells of one VM. It holds the VM's descriptor, not the VM: nothing here touches guest memory.
 #[derive(Debug)]
@@ -35,7 +38,8 @@ impl Doorbells for KvmDoorbells {
     fn bind(&self, addr: IoAddr, datamatch: Option<u32>, fd: &EventFd) -> io::Result<DoorbellGuard> {
         // KVM finds what to unbind by the eventfd, whichever descriptor names it.
         let fd = fd.try_clone()?;
-        let mut binding = kvm_ioeventfd { len: WIDTH, fd: fd.as_raw_fd(), ..Default::default() };
+        let len = if datamatch.is_some() { MATCH_WIDTH } else { ANY_WIDTH };
+        let mut binding = kvm_ioeventfd { len, fd: fd.as_raw_fd(), ..Default::default() };
         binding.addr = match addr {
             IoAddr::Pio(port) => {
                 binding.flags |= 1 << kvm_ioeventfd_flag_nr_pio;

@@ -157,6 +157,17 @@ fn a_doorbell_takes_a_write_of_its_value_and_width_and_there_is_no_exit() {
 }
 
 #[test]
+fn a_doorbell_for_any_value_takes_writes_of_any_width() {
+    let script = Script::new().mmio_write32(0x50, 9).mmio_write(0x50, &[1, 2]).mmio_write(0x51, &[0]).halt();
+    let vm = vm(script);
+    let fd = EventFd::new(EFD_NONBLOCK).unwrap();
+    let _guard = vm.doorbells().unwrap().bind(IoAddr::Mmio(0x50), None, &fd).unwrap();
+    let mut cpu = vm.create_vcpu(0).unwrap();
+    assert!(matches!(cpu.run().unwrap(), Exit::MmioWrite { gpa: 0x51, .. }));
+    assert_eq!(fd.read().unwrap(), 2);
+}
+
+#[test]
 fn a_doorbell_ends_with_its_guard_and_two_may_not_collide() {
     let vm = vm(Script::new().pio_write(0x50, 4, &[0; 4]));
     let bells = vm.doorbells().unwrap();

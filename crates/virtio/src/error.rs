@@ -4,7 +4,7 @@ use std::io;
 
 /// What can go wrong with a virtio device.
 ///
-/// Everything but [`Io`](Self::Io) and [`Config`](Self::Config) is the driver's doing: the device then stops and sets
+/// Everything but [`Io`](Self::Io), [`Wiring`](Self::Wiring) and [`Config`](Self::Config) is the driver's doing: the device then stops and sets
 /// DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -97,6 +97,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The machine has no place for the device.
+    #[error("cannot give the device a place in the machine")]
+    Wiring(#[from] freestone_bus::Error),
     /// The device was configured with something impossible.
     #[error("device {device}: {reason}")]
     Config {

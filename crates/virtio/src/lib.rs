@@ -19,6 +19,7 @@ pub mod features;
 pub mod mem;
 pub mod mmio;
 pub mod pci;
+mod plug;
 #[cfg(feature = "pmem")]
 pub mod pmem;
 pub mod queue;
@@ -37,6 +38,8 @@ pub use control::DeviceControl;
 pub use device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 pub use error::{Error, Result};
 pub use mmio::{MmioTransport, MmioWiring, VirtioMmioPlug};
+pub use pci::{PciTransport, PciWiring, VirtioPciPlug};
+pub use plug::{Transport, plug};
 pub use queue::{AttachedQueue, Chain, ChainBuffers, QueueConfig, SpareBuffers, VirtQueue};
 pub use transport::{DeviceCore, Kicks, TransportOps};
 pub use worker::{QueueWorker, RequestHandler};

@@ -12,9 +12,10 @@ use freestone_bus::{
 };
 use freestone_memory::GuestMem;
 
+use crate::Result;
 use crate::device::VirtioDevice;
+use crate::plug::{Lifecycle, Plugged, bus_error};
 use crate::transport::{DeviceCore, Half, Kicks, QueueArea, TransportOps};
-use crate::{Error, Result};
 
 /// Length of the register window in bytes: registers, then the configuration space.
 pub const MMIO_LEN: u64 = 0x1000;
@@ -301,42 +302,24 @@ impl Plug for VirtioMmioPlug {
         wiring.mmio(base, MMIO_LEN, transport.clone())?;
         let resources = vec![Resource::Mmio { base, len: MMIO_LEN }, Resource::Irq { gsi }];
         wiring.describe(Description { hid: "LNRO0005", resources });
-        Ok(Box::new(Plugged { name: self.name, transport }))
+        Ok(Box::new(Plugged::new(self.name, transport)))
     }
 }
 
-/// A plugged device: what the machine keeps.
-struct Plugged {
-    name: String,
-    transport: Arc<MmioTransport>,
-}
-
-impl Device for Plugged {
-    fn name(&self) -> &str {
-        &self.name
+impl Lifecycle for MmioTransport {
+    fn pause(&self) {
+        self.pause();
     }
 
-    fn pause(&mut self) -> freestone_bus::Result<()> {
-        self.transport.pause();
-        Ok(())
+    fn resume(&self) -> Result<()> {
+        self.resume()
     }
 
-    fn resume(&mut self) -> freestone_bus::Result<()> {
-        self.transport.resume().map_err(bus_error("resume a virtio device"))
+    fn shutdown(&self) -> Result<()> {
+        self.shutdown()
     }
 
-    fn shutdown(&mut self) -> freestone_bus::Result<()> {
-        self.transport.shutdown().map_err(bus_error("shut down a virtio device"))
+    fn unplug(&self) {
+        self.halt();
     }
-}
-
-impl Drop for Plugged {
-    /// The bus may keep the registers alive; the device's work ends here.
-    fn drop(&mut self) {
-        self.transport.halt();
-    }
-}
-
-fn bus_error(op: &'static str) -> impl FnOnce(Error) -> freestone_bus::Error {
-    move |error| freestone_bus::Error::Io { op, source: io::Error::other(error) }
 }

@@ -131,9 +131,18 @@ enum Activity {
     /// Nothing: no driver, or it broke the device.
     Stopped,
     /// Workers own the queues.
-    Running { workers: Vec<Task<Box<dyn Worker>>>, _doorbells: Vec<DoorbellGuard> },
+    Running { workers: Vec<Task<Box<dyn Worker>>>, doorbells: Vec<DoorbellGuard> },
     /// The queues wait for [`DeviceCore::resume`].
     Paused { queues: Vec<ActiveQueue>, doorbells: Vec<DoorbellGuard> },
+}
+
+impl Activity {
+    fn doorbells(&mut self) -> Option<&mut Vec<DoorbellGuard>> {
+        match self {
+            Self::Stopped => None,
+            Self::Running { doorbells, .. } | Self::Paused { doorbells, .. } => Some(doorbells),
+        }
+    }
 }
 
 /// A device with the state that its driver sees, whatever the transport.
@@ -283,6 +292,21 @@ impl<T: TransportOps> DeviceCore<T> {
         }
     }
 
+    /// Whether there is a queue of the selected number.
+    pub fn queue_exists(&self) -> bool {
+        self.queue().is_some()
+    }
+
+    /// The choice of [`select_device_features`](Self::select_device_features).
+    pub fn device_features_select(&self) -> u32 {
+        self.device_features_select
+    }
+
+    /// The choice of [`select_driver_features`](Self::select_driver_features).
+    pub fn driver_features_select(&self) -> u32 {
+        self.driver_features_select
+    }
+
     /// Half of an address of the selected queue.
     pub fn queue_address(&self, area: QueueArea, half: Half) -> u32 {
         self.queue().map_or(0, |q| {
@@ -407,7 +431,7 @@ impl<T: TransportOps> DeviceCore<T> {
             return;
         }
         let started = self.take_up_queues().and_then(|queues| {
-            let doorbells = self.bind_doorbells(&queues);
+            let doorbells = self.bind_doorbells();
             self.start(queues, doorbells)
         });
         if let Err(error) = started {
@@ -429,14 +453,26 @@ impl<T: TransportOps> DeviceCore<T> {
         Ok(active)
     }
 
-    fn bind_doorbells(&self, queues: &[ActiveQueue]) -> Vec<DoorbellGuard> {
-        let bind = |queue: &ActiveQueue| {
-            self.ops.bind_doorbell(queue.index, &queue.kick).unwrap_or_else(|error| {
-                tracing::warn!(queue = queue.index, %error, "no doorbell: every kick costs an exit");
+    /// Doorbells for the queues that the driver enabled.
+    fn bind_doorbells(&self) -> Vec<DoorbellGuard> {
+        let queues = (0..).zip(&self.queues).zip(&*self.kicks.0).filter(|((_, queue), _)| queue.ready);
+        let bind = |((index, _), kick): ((u16, _), &Arc<EventFd>)| {
+            self.ops.bind_doorbell(index, kick).unwrap_or_else(|error| {
+                tracing::warn!(queue = index, %error, "no doorbell: every kick costs an exit");
                 None
             })
         };
-        queues.iter().filter_map(bind).collect()
+        queues.filter_map(bind).collect()
+    }
+
+    /// Binds the doorbells of a device in use again: the transport's registers have moved.
+    pub fn rebind_doorbells(&mut self) {
+        let Some(bound) = self.activity.doorbells() else { return };
+        bound.clear();
+        let doorbells = self.bind_doorbells();
+        if let Some(bound) = self.activity.doorbells() {
+            *bound = doorbells;
+        }
     }
 
     /// Hands `queues` to the device and its workers to the spawner.
@@ -450,7 +486,7 @@ impl<T: TransportOps> DeviceCore<T> {
         let workers = self.device.start(resources)?;
         let workers = workers.into_iter().map(|worker| spawn(&*self.spawner, worker));
         let workers = workers.collect::<io::Result<_>>().map_err(Error::io("start a device's work"))?;
-        self.activity = Activity::Running { workers, _doorbells: doorbells };
+        self.activity = Activity::Running { workers, doorbells };
         Ok(())
     }
 
@@ -459,7 +495,7 @@ impl<T: TransportOps> DeviceCore<T> {
         match std::mem::replace(&mut self.activity, Activity::Stopped) {
             Activity::Stopped => (Vec::new(), Vec::new()),
             Activity::Paused { queues, doorbells } => (queues, doorbells),
-            Activity::Running { workers, _doorbells: doorbells } => {
+            Activity::Running { workers, doorbells } => {
                 let stopped = workers.into_iter().filter_map(Task::stop);
                 let mut queues: Vec<_> = stopped.flat_map(|worker| worker.into_queues()).collect();
                 queues.sort_by_key(|queue| queue.index);
@@ -473,7 +509,7 @@ impl<T: TransportOps> DeviceCore<T> {
         let running = matches!(self.activity, Activity::Running { .. });
         let (mut queues, _) = self.stop();
         queues.retain(|queue| queue.index != index);
-        let doorbells = self.bind_doorbells(&queues);
+        let doorbells = self.bind_doorbells();
         if !running {
             if !queues.is_empty() {
                 self.activity = Activity::Paused { queues, doorbells };

@@ -153,13 +153,15 @@ fn memory_doorbell_rings_for_its_value_alone() {
 }
 
 #[test]
-fn doorbell_for_any_value_rings_for_32_bit_writes_only() {
-    let Some(kvm) = kvm("doorbell_for_any_value_rings_for_32_bit_writes_only") else { return };
+fn doorbell_for_any_value_rings_for_writes_of_any_width() {
+    let Some(kvm) = kvm("doorbell_for_any_value_rings_for_writes_of_any_width") else { return };
     let code = [
         0x66, 0xA3, 0x50, 0x00, // mov [0x50], eax
         0x66, 0x40, // inc eax
         0x66, 0xA3, 0x50, 0x00, // mov [0x50], eax
         0xA3, 0x50, 0x00, // mov [0x50], ax
+        0xA2, 0x50, 0x00, // mov [0x50], al
+        0xA2, 0x51, 0x00, // mov [0x51], al
         0xF4, // hlt
     ];
     let machine = Machine::new(&kvm, &code);
@@ -168,8 +170,8 @@ fn doorbell_for_any_value_rings_for_32_bit_writes_only() {
     let mut vcpu = machine.vcpu(0);
     set_real_mode(&mut vcpu, MMIO_SEGMENT);
     let exit = vcpu.run().unwrap();
-    assert!(matches!(exit, Exit::MmioWrite { gpa, data: [_, _] } if gpa == MMIO + 0x50), "{exit:?}");
-    assert_eq!(bell.read().unwrap(), 2);
+    assert!(matches!(exit, Exit::MmioWrite { gpa, data: [_] } if gpa == MMIO + 0x51), "{exit:?}");
+    assert_eq!(bell.read().unwrap(), 4);
 }
 
 #[test]

@@ -33,11 +33,10 @@ impl Bells {
 
     /// Whether a write of `data` to `addr` rings a bell.
     pub(crate) fn ring(&self, addr: IoAddr, data: &[u8]) -> bool {
-        let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else {
-            return false;
-        };
+        let value = <[u8; 4]>::try_from(data).map(u32::from_le_bytes).ok();
         let bound = self.lock();
-        let bell = bound.bells.iter().find(|b| b.addr == addr && b.datamatch.is_none_or(|m| m == value));
+        let rings = |b: &&Bell| b.addr == addr && b.datamatch.is_none_or(|wanted| value == Some(wanted));
+        let bell = bound.bells.iter().find(rings);
         // A full counter has been signalled already.
         bell.map(|b| b.fd.write(1)).is_some()
     }
