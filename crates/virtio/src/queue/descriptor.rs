@@ -27,7 +27,7 @@ pub(super) struct Element {
 }
 
 /// Adds the buffer of `element` to `buffers`.
-#[inline]
+#[inline(always)]
 pub(super) fn add_buffer<'m>(
     view: &'m MemoryView,
     element: Element,

@@ -17,7 +17,7 @@ mod split;
 
 use std::sync::Arc;
 
-use freestone_memory::{GuestMemoryBackend, MemoryView};
+use freestone_memory::{GuestMemoryBackend, MemorySlice, MemoryView};
 
 pub use buffers::{ChainBuffers, SpareBuffers};
 use meter::{Meter, Timed};
@@ -25,7 +25,7 @@ use packed::Packed;
 use split::Split;
 
 use crate::stats::QueueStats;
-use crate::{Result, features};
+use crate::{Error, Result, features};
 
 /// How a driver configured a queue: what the transport's registers hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -202,35 +202,71 @@ impl VirtQueue {
     ///
     /// # Errors
     /// [`Error::QueueLayout`] if the memory changed so that the queue is no longer in it.
+    #[inline]
     pub fn attach<'q, 'm>(&'q mut self, view: &'m MemoryView) -> Result<AttachedQueue<'q, 'm>> {
-        let limits = self.limits;
-        let ring = match &mut self.position {
-            Position::Split(at) => Ring::Split(Split::attach(limits, at, view)?),
-            Position::Packed(at) => Ring::Packed(Packed::attach(limits, at, view)?),
+        let areas = Areas::find(self, view)?;
+        Ok(AttachedQueue { queue: self, areas, view })
+    }
+}
+
+/// The three parts of a queue in guest memory.
+#[derive(Debug)]
+struct Areas<'m> {
+    descriptors: MemorySlice<'m>,
+    driver: MemorySlice<'m>,
+    device: MemorySlice<'m>,
+}
+
+impl<'m> Areas<'m> {
+    /// Looks up the parts of `queue`.
+    ///
+    /// Each must lie in one region of guest memory. Regions are much larger and more strictly aligned than rings, so an
+    /// allocator that hands out naturally aligned blocks never makes one that does not.
+    #[inline]
+    fn find(queue: &VirtQueue, view: &'m MemoryView) -> Result<Self> {
+        let config = &queue.limits.config;
+        let [descriptors, driver, device] = match queue.position {
+            Position::Split(_) => split::layout(config),
+            Position::Packed(_) => packed::layout(config),
         };
-        Ok(AttachedQueue { ring, meter: &mut self.meter, size: limits.config.size })
+        let find = |(part, addr, len)| {
+            contiguous(view, addr, len).ok_or(Error::QueueLayout { part, addr, size: config.size })
+        };
+        Ok(Self { descriptors: find(descriptors)?, driver: find(driver)?, device: find(device)? })
     }
 }
 
 /// A queue of either format.
 #[derive(Debug)]
-enum Ring<'q, 'm> {
-    Split(Split<'q, 'm>),
-    Packed(Packed<'q, 'm>),
+enum Ring<'a, 'm> {
+    Split(Split<'a, 'm>),
+    Packed(Packed<'a, 'm>),
 }
 
 /// A queue that is being worked on. See [`VirtQueue::attach`].
 #[derive(Debug)]
 pub struct AttachedQueue<'q, 'm> {
-    ring: Ring<'q, 'm>,
-    meter: &'q mut Meter,
-    size: u16,
+    queue: &'q mut VirtQueue,
+    areas: Areas<'m>,
+    view: &'m MemoryView,
 }
 
 impl<'m> AttachedQueue<'_, 'm> {
     /// Entries.
     pub fn size(&self) -> u16 {
-        self.size
+        self.queue.limits.config.size
+    }
+
+    /// The ring, by its format, and what measures it.
+    #[inline]
+    fn ring(&mut self) -> (Ring<'_, 'm>, &mut Meter) {
+        let VirtQueue { limits, position, meter } = &mut *self.queue;
+        let (areas, view) = (&self.areas, self.view);
+        let ring = match position {
+            Position::Split(at) => Ring::Split(Split { limits, at, areas, view }),
+            Position::Packed(at) => Ring::Packed(Packed { limits, at, areas, view }),
+        };
+        (ring, meter)
     }
 
     /// Takes the next request, if there is one, and collects its buffers.
@@ -238,17 +274,18 @@ impl<'m> AttachedQueue<'_, 'm> {
     /// # Errors
     /// If the driver's ring or chain is malformed. The request is then still in the queue; the device must stop using it.
     pub fn pop(&mut self, buffers: &mut ChainBuffers<'m>) -> Result<Option<Chain>> {
-        let (id, count) = match &mut self.ring {
-            Ring::Split(ring) => match ring.pop(buffers, self.meter)? {
+        let (ring, meter) = self.ring();
+        let (id, count) = match ring {
+            Ring::Split(mut ring) => match ring.pop(buffers, meter)? {
                 Some(head) => (head, 1),
                 None => return Ok(None),
             },
-            Ring::Packed(ring) => match ring.pop(buffers, self.meter)? {
+            Ring::Packed(mut ring) => match ring.pop(buffers, meter)? {
                 Some(chain) => chain,
                 None => return Ok(None),
             },
         };
-        let timed = self.meter.took(buffers.readable_len());
+        let timed = meter.took(buffers.readable_len());
         Ok(Some(Chain { id, count, timed }))
     }
 
@@ -257,9 +294,10 @@ impl<'m> AttachedQueue<'_, 'm> {
     /// # Errors
     /// [`Error::AvailIndex`] if the driver's index is impossible.
     pub fn has_next(&mut self) -> Result<bool> {
-        match &mut self.ring {
-            Ring::Split(ring) => ring.has_next(self.meter),
-            Ring::Packed(ring) => ring.has_next(self.meter),
+        let (ring, meter) = self.ring();
+        match ring {
+            Ring::Split(mut ring) => ring.has_next(meter),
+            Ring::Packed(mut ring) => ring.has_next(meter),
         }
     }
 
@@ -270,11 +308,12 @@ impl<'m> AttachedQueue<'_, 'm> {
     /// # Errors
     /// [`Error::Memory`] if guest memory does not take the entry.
     pub fn push_used(&mut self, chain: Chain, len: u32) -> Result<()> {
-        match &mut self.ring {
-            Ring::Split(ring) => ring.push_used(chain.id, len)?,
-            Ring::Packed(ring) => ring.push_used(chain.id, chain.count, len)?,
+        let (ring, meter) = self.ring();
+        match ring {
+            Ring::Split(mut ring) => ring.push_used(chain.id, len)?,
+            Ring::Packed(mut ring) => ring.push_used(chain.id, chain.count, len)?,
         }
-        self.meter.gave_back(len, chain.timed);
+        meter.gave_back(len, chain.timed);
         Ok(())
     }
 
@@ -283,9 +322,9 @@ impl<'m> AttachedQueue<'_, 'm> {
     /// # Errors
     /// [`Error::Memory`] if guest memory does not take the update.
     pub fn publish(&mut self) -> Result<()> {
-        match &mut self.ring {
-            Ring::Split(ring) => ring.publish(),
-            Ring::Packed(ring) => ring.publish(),
+        match self.ring().0 {
+            Ring::Split(mut ring) => ring.publish(),
+            Ring::Packed(mut ring) => ring.publish(),
         }
     }
 
@@ -295,12 +334,13 @@ impl<'m> AttachedQueue<'_, 'm> {
     /// # Errors
     /// [`Error::Memory`] if guest memory cannot be read.
     pub fn needs_interrupt(&mut self) -> Result<bool> {
-        let wanted = match &mut self.ring {
-            Ring::Split(ring) => ring.needs_interrupt()?,
-            Ring::Packed(ring) => ring.needs_interrupt()?,
+        let (ring, meter) = self.ring();
+        let wanted = match ring {
+            Ring::Split(mut ring) => ring.needs_interrupt()?,
+            Ring::Packed(mut ring) => ring.needs_interrupt()?,
         };
         if let Some(wanted) = wanted {
-            self.meter.considered_interrupt(wanted);
+            meter.considered_interrupt(wanted);
         }
         Ok(wanted.unwrap_or(false))
     }
@@ -310,9 +350,9 @@ impl<'m> AttachedQueue<'_, 'm> {
     /// # Errors
     /// [`Error::Memory`] if guest memory does not take the flag.
     pub fn disable_kicks(&mut self) -> Result<()> {
-        match &mut self.ring {
-            Ring::Split(ring) => ring.disable_kicks(),
-            Ring::Packed(ring) => ring.disable_kicks(),
+        match self.ring().0 {
+            Ring::Split(mut ring) => ring.disable_kicks(),
+            Ring::Packed(mut ring) => ring.disable_kicks(),
         }
     }
 
@@ -322,14 +362,15 @@ impl<'m> AttachedQueue<'_, 'm> {
     /// # Errors
     /// [`Error::Memory`] if guest memory does not take the flag, [`Error::AvailIndex`] if the driver's index is impossible.
     pub fn enable_kicks(&mut self) -> Result<bool> {
-        match &mut self.ring {
-            Ring::Split(ring) => ring.enable_kicks(self.meter),
-            Ring::Packed(ring) => ring.enable_kicks(self.meter),
+        let (ring, meter) = self.ring();
+        match ring {
+            Ring::Split(mut ring) => ring.enable_kicks(meter),
+            Ring::Packed(mut ring) => ring.enable_kicks(meter),
         }
     }
 }
 
 /// `len` bytes of guest memory at `addr` that lie in one region.
-fn contiguous(view: &MemoryView, addr: u64, len: usize) -> Option<freestone_memory::MemorySlice<'_>> {
+fn contiguous(view: &MemoryView, addr: u64, len: usize) -> Option<MemorySlice<'_>> {
     GuestMemoryBackend::get_slice(&**view, freestone_memory::GuestAddress(addr), len).ok()
 }

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use freestone_memory::{Bytes, MemorySlice, MemoryView};
+use freestone_memory::{Bytes, MemoryView};
 use virtio_bindings::bindings::virtio_ring::{
     VRING_PACKED_DESC_F_AVAIL, VRING_PACKED_DESC_F_USED, VRING_PACKED_EVENT_F_WRAP_CTR,
     VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
@@ -15,7 +15,7 @@ use virtio_queue::desc::packed;
 
 use super::descriptor::{DESCRIPTOR_SIZE, Element, add_buffer, flag, indirect_table};
 use super::meter::Meter;
-use super::{ChainBuffers, Limits, RingPosition, contiguous};
+use super::{Areas, ChainBuffers, Limits, QueueConfig, RingPosition};
 use crate::{Error, Result};
 
 /// Most descriptors of a packed queue (2.8.10.1).
@@ -114,12 +114,8 @@ pub(super) fn check(limits: &Limits) -> Result<()> {
     if config.size == 0 || config.size > max_size.min(MAX_SIZE) {
         return Err(Error::QueueSize { size: config.size, max: max_size });
     }
-    for (part, addr, align) in [
-        ("descriptor ring", config.descriptors, DESCRIPTOR_SIZE as u64),
-        ("driver event suppression", config.driver, EVENT_SIZE as u64),
-        ("device event suppression", config.device, EVENT_SIZE as u64),
-    ] {
-        if !addr.is_multiple_of(align) {
+    for ((part, addr, _), align) in layout(&config).into_iter().zip([DESCRIPTOR_SIZE, EVENT_SIZE, EVENT_SIZE]) {
+        if !addr.is_multiple_of(align as u64) {
             return Err(Error::QueueLayout { part, addr, size: config.size });
         }
     }
@@ -133,49 +129,40 @@ struct Descriptor {
     id: u16,
 }
 
-/// A packed queue that is being worked on.
-#[derive(Debug)]
-pub(super) struct Packed<'q, 'm> {
-    limits: Limits,
-    at: &'q mut Position,
-    ring: MemorySlice<'m>,
-    driver: MemorySlice<'m>,
-    device: MemorySlice<'m>,
-    view: &'m MemoryView,
+/// Where the ring and the event suppression structures are: names of the parts, guest-physical addresses and lengths in bytes.
+pub(super) fn layout(config: &QueueConfig) -> [(&'static str, u64, usize); 3] {
+    [
+        ("descriptor ring", config.descriptors, DESCRIPTOR_SIZE * usize::from(config.size)),
+        ("driver event suppression", config.driver, EVENT_SIZE),
+        ("device event suppression", config.device, EVENT_SIZE),
+    ]
 }
 
-impl<'q, 'm> Packed<'q, 'm> {
-    /// Looks up the ring and the event suppression structures. Each must lie in one region of guest memory.
-    pub(super) fn attach(limits: Limits, at: &'q mut Position, view: &'m MemoryView) -> Result<Self> {
-        let config = limits.config;
-        let part = |part, addr, len| {
-            contiguous(view, addr, len).ok_or(Error::QueueLayout { part, addr, size: config.size })
-        };
-        let ring_len = DESCRIPTOR_SIZE * usize::from(config.size);
-        Ok(Self {
-            limits,
-            at,
-            ring: part("descriptor ring", config.descriptors, ring_len)?,
-            driver: part("driver event suppression", config.driver, EVENT_SIZE)?,
-            device: part("device event suppression", config.device, EVENT_SIZE)?,
-            view,
-        })
-    }
+/// A packed queue that is being worked on.
+#[derive(Debug)]
+pub(super) struct Packed<'a, 'm> {
+    pub limits: &'a Limits,
+    pub at: &'a mut Position,
+    pub areas: &'a Areas<'m>,
+    pub view: &'m MemoryView,
+}
 
+impl<'m> Packed<'_, 'm> {
     fn size(&self) -> u16 {
         self.limits.config.size
     }
 
     /// Copies the descriptor at `position`; what is read afterwards is ordered after its flags.
     fn descriptor(&self, position: RingPosition) -> Result<Descriptor> {
-        let second = u64::from_le(self.ring.load(position.offset() + SECOND_HALF, Ordering::Acquire)?);
-        let addr = u64::from_le(self.ring.load(position.offset(), Ordering::Relaxed)?);
+        let second = u64::from_le(self.areas.descriptors.load(position.offset() + SECOND_HALF, Ordering::Acquire)?);
+        let addr = u64::from_le(self.areas.descriptors.load(position.offset(), Ordering::Relaxed)?);
         let [l0, l1, l2, l3, i0, i1, f0, f1] = second.to_le_bytes();
         let (len, flags) = (u32::from_le_bytes([l0, l1, l2, l3]), u16::from_le_bytes([f0, f1]));
         Ok(Descriptor { element: Element { addr, len, flags }, id: u16::from_le_bytes([i0, i1]) })
     }
 
     /// Takes the next request; returns its buffer id and its number of descriptors.
+    #[inline(always)]
     pub(super) fn pop(
         &mut self,
         buffers: &mut ChainBuffers<'m>,
@@ -196,6 +183,7 @@ impl<'q, 'm> Packed<'q, 'm> {
         Ok(Some((id, count)))
     }
 
+    #[inline(always)]
     pub(super) fn has_next(&mut self, meter: &mut Meter) -> Result<bool> {
         if !self.available_after(0)? {
             return Ok(false);
@@ -210,7 +198,7 @@ impl<'q, 'm> Packed<'q, 'm> {
     fn available_after(&self, distance: u16) -> Result<bool> {
         let mut position = self.at.next_avail;
         position.advance(distance, self.size());
-        let second = u64::from_le(self.ring.load(position.offset() + SECOND_HALF, Ordering::Acquire)?);
+        let second = u64::from_le(self.areas.descriptors.load(position.offset() + SECOND_HALF, Ordering::Acquire)?);
         let [.., f0, f1] = second.to_le_bytes();
         Ok(position.is_available(u16::from_le_bytes([f0, f1])))
     }
@@ -240,6 +228,7 @@ impl<'q, 'm> Packed<'q, 'm> {
 
     /// Collects the buffers of the chain that begins with `first`. Returns its id, which stands in its last descriptor (2.8.6),
     /// and its number of descriptors in the ring.
+    #[inline(always)]
     fn walk(&self, first: Descriptor, buffers: &mut ChainBuffers<'m>) -> Result<(u16, u16)> {
         let size = self.size();
         let (mut position, mut descriptor) = (self.at.next_avail, first);
@@ -284,6 +273,7 @@ impl<'q, 'm> Packed<'q, 'm> {
         Ok(())
     }
 
+    #[inline(always)]
     pub(super) fn push_used(&mut self, id: u16, count: u16, len: u32) -> Result<()> {
         let position = self.at.next_used;
         let whose = if position.wrap { AVAIL | USED } else { 0 };
@@ -302,10 +292,11 @@ impl<'q, 'm> Packed<'q, 'm> {
     }
 
     fn write_used(&self, position: RingPosition, second: u64) -> Result<()> {
-        Ok(self.ring.store(second.to_le(), position.offset() + SECOND_HALF, Ordering::Release)?)
+        Ok(self.areas.descriptors.store(second.to_le(), position.offset() + SECOND_HALF, Ordering::Release)?)
     }
 
     /// Shows the first hidden completion. The driver looks at the others only after it, so all appear at once.
+    #[inline(always)]
     pub(super) fn publish(&mut self) -> Result<()> {
         if let Some((position, second)) = self.at.hidden {
             self.write_used(position, second)?;
@@ -318,6 +309,7 @@ impl<'q, 'm> Packed<'q, 'm> {
     }
 
     /// Whether the driver wants an interrupt (2.8.14); `None` if there is nothing to interrupt for.
+    #[inline(always)]
     pub(super) fn needs_interrupt(&mut self) -> Result<Option<bool>> {
         let used = std::mem::take(&mut self.at.unsignalled);
         if used == 0 {
@@ -326,7 +318,7 @@ impl<'q, 'm> Packed<'q, 'm> {
         // The driver enables interrupts and then looks at the ring; we do the reverse.
         fence(Ordering::SeqCst);
         // Position and flags in one access: they belong together.
-        let event = u32::from_le(self.driver.load(0, Ordering::Relaxed)?);
+        let event = u32::from_le(self.areas.driver.load(0, Ordering::Relaxed)?);
         Ok(Some(match event >> EVENT_FLAGS_SHIFT & EVENT_FLAGS_MASK {
             VRING_PACKED_EVENT_FLAG_DISABLE => false,
             VRING_PACKED_EVENT_FLAG_DESC if self.limits.event_idx => self.passed(event, used),
@@ -344,6 +336,7 @@ impl<'q, 'm> Packed<'q, 'm> {
         used >= size || (new - used..new).contains(&event)
     }
 
+    #[inline(always)]
     pub(super) fn disable_kicks(&mut self) -> Result<()> {
         // Event positions come round with every lap, so even with them the flag is set.
         if self.at.kicks_wanted {
@@ -353,6 +346,7 @@ impl<'q, 'm> Packed<'q, 'm> {
         Ok(())
     }
 
+    #[inline(always)]
     pub(super) fn enable_kicks(&mut self, meter: &mut Meter) -> Result<bool> {
         if self.limits.event_idx {
             self.set_event(self.at.next_avail.to_event(), VRING_PACKED_EVENT_FLAG_DESC)?;
@@ -367,6 +361,6 @@ impl<'q, 'm> Packed<'q, 'm> {
 
     fn set_event(&self, position: u32, flags: u32) -> Result<()> {
         let event = position | flags << EVENT_FLAGS_SHIFT;
-        Ok(self.device.store(event.to_le(), 0, Ordering::Relaxed)?)
+        Ok(self.areas.device.store(event.to_le(), 0, Ordering::Relaxed)?)
     }
 }

@@ -2,14 +2,14 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use freestone_memory::{Bytes, MemorySlice, MemoryView};
+use freestone_memory::{Bytes, MemoryView};
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 
 use super::descriptor::{DESCRIPTOR_SIZE, Element, add_buffer, flag, indirect_table};
 use super::meter::Meter;
-use super::{ChainBuffers, Limits, contiguous};
+use super::{Areas, ChainBuffers, Limits, QueueConfig};
 use crate::{Error, Result};
 
 /// Both rings begin with 16 bits of flags and a 16-bit index.
@@ -73,66 +73,53 @@ pub(super) fn check(limits: &Limits) -> Result<()> {
         .map_err(|_| layout("used ring", config.device))
 }
 
-/// The three parts of a split queue in guest memory.
-#[derive(Debug)]
-struct Rings<'m> {
-    descriptors: MemorySlice<'m>,
-    avail: MemorySlice<'m>,
-    used: MemorySlice<'m>,
+/// Where the rings are: names of the parts, guest-physical addresses and lengths in bytes.
+pub(super) fn layout(config: &QueueConfig) -> [(&'static str, u64, usize); 3] {
+    let size = usize::from(config.size);
+    [
+        ("descriptor table", config.descriptors, DESCRIPTOR_SIZE * size),
+        ("available ring", config.driver, RING_ENTRIES + AVAIL_ENTRY * size + EVENT_SIZE),
+        ("used ring", config.device, RING_ENTRIES + USED_ENTRY * size + EVENT_SIZE),
+    ]
 }
 
 /// A split queue that is being worked on.
 #[derive(Debug)]
-pub(super) struct Split<'q, 'm> {
-    limits: Limits,
-    at: &'q mut Position,
-    rings: Rings<'m>,
-    view: &'m MemoryView,
+pub(super) struct Split<'a, 'm> {
+    pub limits: &'a Limits,
+    pub at: &'a mut Position,
+    pub areas: &'a Areas<'m>,
+    pub view: &'m MemoryView,
 }
 
-impl<'q, 'm> Split<'q, 'm> {
-    /// Looks up the rings.
-    ///
-    /// Each must lie in one region of guest memory. Regions are much larger and more strictly aligned than rings, so an
-    /// allocator that hands out naturally aligned blocks never makes one that does not.
-    pub(super) fn attach(limits: Limits, at: &'q mut Position, view: &'m MemoryView) -> Result<Self> {
-        let config = limits.config;
-        let size = usize::from(config.size);
-        let part = |part, addr, len| {
-            contiguous(view, addr, len).ok_or(Error::QueueLayout { part, addr, size: config.size })
-        };
-        let rings = Rings {
-            descriptors: part("descriptor table", config.descriptors, DESCRIPTOR_SIZE * size)?,
-            avail: part("available ring", config.driver, RING_ENTRIES + AVAIL_ENTRY * size + EVENT_SIZE)?,
-            used: part("used ring", config.device, RING_ENTRIES + USED_ENTRY * size + EVENT_SIZE)?,
-        };
-        Ok(Self { limits, at, rings, view })
-    }
-
+impl<'m> Split<'_, 'm> {
     fn size(&self) -> u16 {
         self.limits.config.size
     }
 
     /// Takes the next request; returns its head.
+    #[inline(always)]
     pub(super) fn pop(&mut self, buffers: &mut ChainBuffers<'m>, meter: &mut Meter) -> Result<Option<u16>> {
         if self.at.next_avail == self.at.seen_avail && !self.look(meter)? {
             return Ok(None);
         }
         let slot = usize::from(self.at.next_avail & (self.size() - 1));
-        let head = u16::from_le(self.rings.avail.load(RING_ENTRIES + AVAIL_ENTRY * slot, Ordering::Relaxed)?);
+        let head = u16::from_le(self.areas.driver.load(RING_ENTRIES + AVAIL_ENTRY * slot, Ordering::Relaxed)?);
         buffers.clear();
         self.walk(head, buffers)?;
         self.at.next_avail = self.at.next_avail.wrapping_add(1);
         Ok(Some(head))
     }
 
+    #[inline(always)]
     pub(super) fn has_next(&mut self, meter: &mut Meter) -> Result<bool> {
         Ok(self.at.next_avail != self.at.seen_avail || self.look(meter)?)
     }
 
     /// Reads the driver's index; whether it is ahead of ours. Orders what follows after it.
+    #[inline(always)]
     fn look(&mut self, meter: &mut Meter) -> Result<bool> {
-        let index = u16::from_le(self.rings.avail.load(RING_INDEX, Ordering::Acquire)?);
+        let index = u16::from_le(self.areas.driver.load(RING_INDEX, Ordering::Acquire)?);
         let ahead = index.wrapping_sub(self.at.next_avail);
         if ahead > self.size() {
             return Err(Error::AvailIndex { ahead, size: self.size() });
@@ -143,8 +130,9 @@ impl<'q, 'm> Split<'q, 'm> {
     }
 
     /// Collects the buffers of the chain that begins at `head`.
+    #[inline(always)]
     fn walk(&self, head: u16, buffers: &mut ChainBuffers<'m>) -> Result<()> {
-        let mut table = self.rings.descriptors;
+        let mut table = self.areas.descriptors;
         let mut entries = self.size();
         let mut indirect = false;
         let mut index = head;
@@ -173,23 +161,26 @@ impl<'q, 'm> Split<'q, 'm> {
         Err(Error::ChainTooLong { max })
     }
 
+    #[inline(always)]
     pub(super) fn push_used(&mut self, head: u16, len: u32) -> Result<()> {
         let slot = usize::from(self.at.next_used & (self.size() - 1));
         let entry = u64::from(len) << 32 | u64::from(head);
-        self.rings.used.write_slice(&entry.to_le_bytes(), RING_ENTRIES + USED_ENTRY * slot)?;
+        self.areas.device.write_slice(&entry.to_le_bytes(), RING_ENTRIES + USED_ENTRY * slot)?;
         self.at.next_used = self.at.next_used.wrapping_add(1);
         Ok(())
     }
 
+    #[inline(always)]
     pub(super) fn publish(&mut self) -> Result<()> {
         if self.at.published != self.at.next_used {
-            self.rings.used.store(self.at.next_used.to_le(), RING_INDEX, Ordering::Release)?;
+            self.areas.device.store(self.at.next_used.to_le(), RING_INDEX, Ordering::Release)?;
             self.at.published = self.at.next_used;
         }
         Ok(())
     }
 
     /// Whether the driver wants an interrupt (2.7.7, 2.7.10); `None` if there is nothing to interrupt for.
+    #[inline(always)]
     pub(super) fn needs_interrupt(&mut self) -> Result<Option<bool>> {
         let (old, new) = (self.at.signalled, self.at.published);
         if old == new {
@@ -200,27 +191,29 @@ impl<'q, 'm> Split<'q, 'm> {
         fence(Ordering::SeqCst);
         if self.limits.event_idx {
             let at = RING_ENTRIES + AVAIL_ENTRY * usize::from(self.size());
-            let event = u16::from_le(self.rings.avail.load(at, Ordering::Relaxed)?);
+            let event = u16::from_le(self.areas.driver.load(at, Ordering::Relaxed)?);
             return Ok(Some(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)));
         }
-        Ok(Some(u16::from_le(self.rings.avail.load(0, Ordering::Relaxed)?) & NO_INTERRUPT == 0))
+        Ok(Some(u16::from_le(self.areas.driver.load(0, Ordering::Relaxed)?) & NO_INTERRUPT == 0))
     }
 
+    #[inline(always)]
     pub(super) fn disable_kicks(&mut self) -> Result<()> {
         // With event indices, a driver kicks once when it passes the index, and that is already behind it.
         if self.at.kicks_wanted && !self.limits.event_idx {
-            self.rings.used.store(NO_NOTIFY.to_le(), 0, Ordering::Relaxed)?;
+            self.areas.device.store(NO_NOTIFY.to_le(), 0, Ordering::Relaxed)?;
         }
         self.at.kicks_wanted = false;
         Ok(())
     }
 
+    #[inline(always)]
     pub(super) fn enable_kicks(&mut self, meter: &mut Meter) -> Result<bool> {
         if self.limits.event_idx {
             let at = RING_ENTRIES + USED_ENTRY * usize::from(self.size());
-            self.rings.used.store(self.at.next_avail.to_le(), at, Ordering::Relaxed)?;
+            self.areas.device.store(self.at.next_avail.to_le(), at, Ordering::Relaxed)?;
         } else if !self.at.kicks_wanted {
-            self.rings.used.store(0u16, 0, Ordering::Relaxed)?;
+            self.areas.device.store(0u16, 0, Ordering::Relaxed)?;
         }
         self.at.kicks_wanted = true;
         // The driver adds a request and then looks whether to kick; we do the reverse.
