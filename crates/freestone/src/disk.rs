@@ -9,7 +9,8 @@ use crate::options::Options;
 use crate::size;
 
 /// The options of a disk, for messages.
-const KNOWN: &str = "path, format, ro, backing, queues, engine, cache, direct, serial, block-size, bandwidth, iops, thread";
+const KNOWN: &str =
+    "path, format, ro, backing, queues, engine, cache, direct, serial, block-size, bandwidth, iops, thread";
 /// The most queues of a disk.
 const MAX_QUEUES: u16 = 64;
 
