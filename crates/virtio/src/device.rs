@@ -80,6 +80,16 @@ pub trait VirtioDevice: Send {
     /// What it is.
     fn info(&self) -> &DeviceInfo;
 
+    /// Whether the device was configured with something possible. A transport asks once, before anything else; `name` is the
+    /// device's, for messages.
+    ///
+    /// # Errors
+    /// If not: the transport then refuses the device.
+    fn check(&self, name: &str) -> Result<()> {
+        let _ = name;
+        Ok(())
+    }
+
     /// Reads the configuration space. The transport guarantees that `offset + data.len()` is at most
     /// [`DeviceInfo::config_len`]; any offset and width inside may come.
     fn read_config(&self, offset: usize, data: &mut [u8]);

@@ -33,7 +33,7 @@ pub mod vsock;
 mod worker;
 
 #[cfg(feature = "blk")]
-pub use blk::{BlkCounts, BlkStats, Block, BlockConfig};
+pub use blk::{BlkCounts, BlkStats, Block, BlockConfig, BlockHandle};
 pub use control::DeviceControl;
 pub use device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 pub use error::{Error, Result};

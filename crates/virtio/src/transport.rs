@@ -172,7 +172,8 @@ impl<T: TransportOps> DeviceCore<T> {
     /// A device that no driver has touched yet. `name` is for messages.
     ///
     /// # Errors
-    /// [`Error::Config`] if the device's queue sizes are impossible, [`Error::Io`] if the host gives no eventfd.
+    /// [`Error::Config`] if the device's queue sizes are impossible, [`Error::Io`] if the host gives no eventfd; as
+    /// [`VirtioDevice::check`].
     pub fn new(
         name: &str,
         device: Box<dyn VirtioDevice>,
@@ -180,6 +181,7 @@ impl<T: TransportOps> DeviceCore<T> {
         mem: GuestMem,
         spawner: Arc<dyn Spawn>,
     ) -> Result<Self> {
+        device.check(name)?;
         let info = device.info();
         if info.queue_max_sizes.iter().any(|size| !size.is_power_of_two()) {
             let reason = "queue sizes must be powers of two from 1 to 32768";

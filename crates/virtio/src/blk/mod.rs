@@ -1,139 +1,108 @@
-//! virtio-blk (virtio 1.2, section 5.2) on any [`Image`].
-//!
-//! Data goes from the image to guest memory and back without a copy. Every request is answered on the worker's thread, in
-//! order. What a request asks wrongly is refused with a status; what the host refuses is reported as an I/O error.
+#![doc = include_str!("README.md")]
 
+mod config;
 mod request;
+mod stats;
+mod worker;
 
-use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use freestone_block::{Image, SECTOR_SIZE};
+use freestone_block::{Engine, Image, IoQueue, SyncQueue};
 
-use crate::device::{DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
-use crate::worker::QueueWorker;
-use crate::{Error, Result};
-use request::Requests;
+use crate::device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
+use crate::rate::{RateLimiter, Throttle};
+use crate::worker::Poller;
+use crate::{DeviceControl, Error, Result};
+pub use config::{BlockConfig, CacheMode, RangeLimits};
+use config::{CAPACITY_LEN, CONFIG_LEN, WRITEBACK_AT};
+use request::{Now, Rules};
+use stats::ErrorLog;
+pub use stats::{BlkCounts, BlkStats};
+use worker::{BlkWorker, MAX_DEPTH};
 
-/// Feature bits of this device type that are offered, as masks (5.2.3).
+/// Feature bits of this device type that may be offered, as masks (5.2.3).
 pub mod feature {
+    /// `VIRTIO_BLK_F_SIZE_MAX`: the configuration says how many bytes a segment may have.
+    pub const SIZE_MAX: u64 = 1 << 1;
     /// `VIRTIO_BLK_F_SEG_MAX`: the configuration says how many segments a request may have.
     pub const SEG_MAX: u64 = 1 << 2;
     /// `VIRTIO_BLK_F_RO`: writes are refused.
     pub const RO: u64 = 1 << 5;
+    /// `VIRTIO_BLK_F_BLK_SIZE`: the configuration says what a logical block is.
+    pub const BLK_SIZE: u64 = 1 << 6;
     /// `VIRTIO_BLK_F_FLUSH`: writes are durable after a flush. To a driver that does not accept it, every write is.
     pub const FLUSH: u64 = 1 << 9;
+    /// `VIRTIO_BLK_F_TOPOLOGY`: the configuration says what requests are best aligned to.
+    pub const TOPOLOGY: u64 = 1 << 10;
+    /// `VIRTIO_BLK_F_CONFIG_WCE`: the driver may choose whether writes are durable when they complete.
+    pub const CONFIG_WCE: u64 = 1 << 11;
+    /// `VIRTIO_BLK_F_MQ`: there are several queues.
+    pub const MQ: u64 = 1 << 12;
+    /// `VIRTIO_BLK_F_DISCARD`: sectors can be given back.
+    pub const DISCARD: u64 = 1 << 13;
+    /// `VIRTIO_BLK_F_WRITE_ZEROES`: sectors can be made zero without data.
+    pub const WRITE_ZEROES: u64 = 1 << 14;
 }
 
 /// Bytes of the answer to a get-id request (5.2.6).
 pub const ID_LEN: usize = 20;
-/// Bytes of the configuration space up to and with the write-zeroes fields (5.2.4).
-const CONFIG_LEN: u32 = 60;
-/// Descriptors of a request that are not data: header and status.
-const OVERHEAD: u16 = 2;
 
-/// How a [`Block`] device presents its image.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct BlockConfig {
-    /// Refuse writes even if the image takes them. A read-only image is always read-only. Default: `false`.
-    pub read_only: bool,
-    /// The answer to get-id: at most 20 bytes (`/sys/block/vda/serial` on Linux). Default: empty.
-    pub serial: String,
-    /// Entries of the queue: a power of two from 4 to 32768. Default: 256.
-    pub queue_size: u16,
-    /// How long the worker looks at an empty queue before it asks for kicks; see [`QueueWorker::poll`]. Default: 10 us.
-    pub poll: Duration,
+/// What a device, its workers and its handles share.
+#[derive(Debug)]
+struct Shared {
+    image: Arc<dyn Image>,
+    config: BlockConfig,
+    /// Sectors.
+    capacity: AtomicU64,
+    /// Whether a write may be durable later than when it completes.
+    writeback: AtomicBool,
+    stats: Arc<BlkStats>,
+    errors: ErrorLog,
+    throttle: Throttle,
+    driver: Mutex<Driver>,
 }
 
-impl Default for BlockConfig {
-    fn default() -> Self {
-        Self {
-            read_only: false,
-            serial: String::new(),
-            queue_size: 256,
-            poll: QueueWorker::<Requests>::DEFAULT_POLL,
+/// Whom to tell of a new capacity.
+#[derive(Debug, Default)]
+struct Driver {
+    control: Option<DeviceControl>,
+    /// The capacity changed while there was nobody to tell.
+    missed: bool,
+}
+
+impl Shared {
+    /// What a request finds.
+    fn now(&self) -> Now {
+        Now {
+            capacity: self.capacity.load(Ordering::Relaxed),
+            write_through: !self.writeback.load(Ordering::Relaxed),
         }
     }
-}
 
-impl BlockConfig {
-    /// The default configuration.
-    pub fn new() -> Self {
-        Self::default()
+    fn driver(&self) -> MutexGuard<'_, Driver> {
+        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets [`read_only`](Self::read_only).
-    #[must_use]
-    pub fn read_only(mut self, read_only: bool) -> Self {
-        self.read_only = read_only;
-        self
+    /// Says an error of the host, if none was said just now.
+    #[cold]
+    fn host_error(&self, operation: &'static str, error: &io::Error) {
+        if let Some(silent) = self.errors.admit() {
+            tracing::warn!(operation, %error, silent, image = ?self.image, "disk request failed on the host");
+        }
     }
 
-    /// Sets [`serial`](Self::serial).
-    #[must_use]
-    pub fn serial(mut self, serial: impl Into<String>) -> Self {
-        self.serial = serial.into();
-        self
-    }
-
-    /// Sets [`queue_size`](Self::queue_size).
-    #[must_use]
-    pub fn queue_size(mut self, queue_size: u16) -> Self {
-        self.queue_size = queue_size;
-        self
-    }
-
-    /// Sets [`poll`](Self::poll).
-    #[must_use]
-    pub fn poll(mut self, poll: Duration) -> Self {
-        self.poll = poll;
-        self
-    }
-}
-
-/// Counts what a [`Block`] device did; to be read at any time, from any thread.
-#[derive(Debug, Default)]
-pub struct BlkStats {
-    reads: AtomicU64,
-    writes: AtomicU64,
-    flushes: AtomicU64,
-    read_bytes: AtomicU64,
-    written_bytes: AtomicU64,
-    errors: AtomicU64,
-}
-
-/// [`BlkStats`] at one moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub struct BlkCounts {
-    /// Reads that succeeded.
-    pub reads: u64,
-    /// Writes that succeeded.
-    pub writes: u64,
-    /// Flushes that succeeded.
-    pub flushes: u64,
-    /// Bytes read from the image.
-    pub read_bytes: u64,
-    /// Bytes written to the image.
-    pub written_bytes: u64,
-    /// Requests answered with an error, whoever caused it.
-    pub errors: u64,
-}
-
-impl BlkStats {
-    /// The counts so far. They are not taken at one instant.
-    pub fn counts(&self) -> BlkCounts {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        BlkCounts {
-            reads: get(&self.reads),
-            writes: get(&self.writes),
-            flushes: get(&self.flushes),
-            read_bytes: get(&self.read_bytes),
-            written_bytes: get(&self.written_bytes),
-            errors: get(&self.errors),
+    /// An engine for one queue.
+    fn open_queue(&self, size: u16) -> Result<Box<dyn IoQueue>> {
+        let engine = self.config.engine;
+        match Arc::clone(&self.image).open_queue(engine, size.min(MAX_DEPTH)) {
+            Ok(queue) => Ok(queue),
+            Err(error) if engine == Engine::Auto => {
+                tracing::warn!(%error, image = ?self.image, "no asynchronous I/O: requests block their worker");
+                Ok(Box::new(SyncQueue::new(Arc::clone(&self.image))))
+            }
+            Err(error) => Err(Error::io("open a disk's I/O engine")(error)),
         }
     }
 }
@@ -142,47 +111,90 @@ impl BlkStats {
 #[derive(Debug)]
 pub struct Block {
     info: DeviceInfo,
-    image: Arc<dyn Image>,
+    shared: Arc<Shared>,
     read_only: bool,
     id: [u8; ID_LEN],
-    poll: Duration,
-    stats: Arc<BlkStats>,
-    config_space: [u8; CONFIG_LEN as usize],
+    /// The configuration space without what changes.
+    space: [u8; CONFIG_LEN],
+    /// The driver chose the cache mode.
+    cache_chosen: bool,
+    /// Somebody may change the rate limit while the device works.
+    has_handle: AtomicBool,
 }
 
 impl Block {
     /// A device that presents `image` as `config` says. Of a serial with more than 20 bytes the guest sees the first 20.
+    ///
+    /// Whether the configuration is possible is checked when the device is given to a transport.
     pub fn new(image: Arc<dyn Image>, config: BlockConfig) -> Self {
         let read_only = config.read_only || image.read_only();
+        let limits = image.limits();
         let mut id = [0; ID_LEN];
         id.iter_mut().zip(config.serial.bytes()).for_each(|(to, from)| *to = from);
-        let features = feature::SEG_MAX | feature::FLUSH | if read_only { feature::RO } else { 0 };
+        let features = config.features(read_only, limits);
         let info = DeviceInfo {
             device_type: DeviceType::BLOCK,
             features,
-            queue_max_sizes: vec![config.queue_size],
-            config_len: CONFIG_LEN,
+            queue_max_sizes: vec![config.queue_size; config.queues.into()],
+            config_len: u32::try_from(CONFIG_LEN).unwrap_or(0),
         };
-        let seg_max = u32::from(config.queue_size.saturating_sub(OVERHEAD));
-        let config_space = config_space(image.size() / SECTOR_SIZE, seg_max);
-        Self { info, image, read_only, id, poll: config.poll, stats: Arc::default(), config_space }
+        let space = config.space(features, limits);
+        let shared = Arc::new(Shared {
+            capacity: AtomicU64::new(config.capacity(image.size())),
+            writeback: AtomicBool::new(config.cache == CacheMode::Writeback),
+            stats: Arc::default(),
+            errors: ErrorLog::new(),
+            throttle: Throttle::new(config.rate_limiter),
+            driver: Mutex::default(),
+            image,
+            config,
+        });
+        let has_handle = AtomicBool::new(false);
+        Self { info, shared, read_only, id, space, cache_chosen: false, has_handle }
     }
 
     /// The device's counters.
     pub fn stats(&self) -> Arc<BlkStats> {
-        Arc::clone(&self.stats)
+        Arc::clone(&self.shared.stats)
     }
-}
 
-/// The configuration space (5.2.4). Fields of features that are not offered are 0.
-fn config_space(sectors: u64, seg_max: u32) -> [u8; CONFIG_LEN as usize] {
-    let mut space = [0; CONFIG_LEN as usize];
-    let mut put = |at: usize, bytes: &[u8]| {
-        space.iter_mut().skip(at).zip(bytes).for_each(|(to, from)| *to = *from);
-    };
-    put(0, &sectors.to_le_bytes());
-    put(12, &seg_max.to_le_bytes());
-    space
+    /// What can be done with the device while a machine has it. Take it before the device goes there: the rate limit of a
+    /// device of which nobody has a handle costs nothing.
+    pub fn handle(&self) -> BlockHandle {
+        self.has_handle.store(true, Ordering::Relaxed);
+        BlockHandle(Arc::clone(&self.shared))
+    }
+
+    /// The cache mode that goes with the negotiated `features` (5.2.5.2), unless the driver chose one.
+    fn settle_cache_mode(&mut self, features: u64) {
+        let may_choose = features & feature::CONFIG_WCE != 0;
+        if !(may_choose && self.cache_chosen) {
+            self.shared.writeback.store(features & feature::FLUSH != 0, Ordering::Relaxed);
+        }
+    }
+
+    fn worker(
+        &self,
+        resources: (&freestone_memory::GuestMem, &DeviceControl, u64),
+        queue: ActiveQueue,
+    ) -> Result<BlkWorker> {
+        let (mem, control, features) = resources;
+        let shared = &self.shared;
+        let rules = Rules {
+            features,
+            read_only: self.read_only,
+            id: self.id,
+            discard: shared.config.discard,
+            write_zeroes: shared.config.write_zeroes,
+        };
+        let limited = self.has_handle.load(Ordering::Relaxed) || shared.throttle.limiter().is_some();
+        let gate =
+            limited.then(|| shared.throttle.gate()).transpose().map_err(Error::io("create a timer"))?;
+        let io = shared.open_queue(queue.queue.size())?;
+        let poller = Poller::new(shared.config.poll);
+        let parts = (Arc::clone(shared), rules, io);
+        Ok(BlkWorker::new(mem.clone(), queue, control.clone(), poller, parts, gate))
+    }
 }
 
 impl VirtioDevice for Block {
@@ -190,43 +202,105 @@ impl VirtioDevice for Block {
         &self.info
     }
 
+    fn check(&self, name: &str) -> Result<()> {
+        self.shared.config.check(name, &self.shared.image)
+    }
+
     fn read_config(&self, offset: usize, data: &mut [u8]) {
-        let space = self.config_space.get(offset..).unwrap_or_default();
+        let mut space = self.space;
+        let capacity = self.shared.capacity.load(Ordering::Acquire).to_le_bytes();
+        space.iter_mut().take(CAPACITY_LEN).zip(capacity).for_each(|(to, from)| *to = from);
+        if let Some(writeback) = space.get_mut(WRITEBACK_AT)
+            && self.info.features & feature::CONFIG_WCE != 0
+        {
+            *writeback = u8::from(self.shared.writeback.load(Ordering::Relaxed));
+        }
+        let space = space.get(offset..).unwrap_or_default();
         data.iter_mut().zip(space).for_each(|(to, from)| *to = *from);
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let Some(&value) = WRITEBACK_AT.checked_sub(offset).and_then(|at| data.get(at)) else { return };
+        if self.info.features & feature::CONFIG_WCE != 0 && value <= 1 {
+            self.cache_chosen = true;
+            self.shared.writeback.store(value == 1, Ordering::Relaxed);
+        }
     }
 
     fn start(&mut self, resources: Resources) -> Result<Vec<Box<dyn Worker>>> {
         let Resources { mem, features, queues, control } = resources;
-        let write_through = features & feature::FLUSH == 0;
+        self.settle_cache_mode(features);
         let workers = queues.into_iter().map(|queue| {
-            let requests = Requests {
-                image: Arc::clone(&self.image),
-                sectors: self.image.size() / SECTOR_SIZE,
-                read_only: self.read_only,
-                write_through,
-                id: self.id,
-                stats: Arc::clone(&self.stats),
-            };
-            let worker = QueueWorker::new(mem.clone(), queue, control.clone(), requests).poll(self.poll);
-            Box::new(worker) as Box<dyn Worker>
+            let worker = self.worker((&mem, &control, features), queue)?;
+            Ok(Box::new(worker) as Box<dyn Worker>)
         });
-        Ok(workers.collect())
+        let workers = workers.collect::<Result<_>>()?;
+        let mut driver = self.shared.driver();
+        if std::mem::take(&mut driver.missed) {
+            control.config_changed();
+        }
+        driver.control = Some(control);
+        Ok(workers)
+    }
+
+    fn reset(&mut self) {
+        *self.shared.driver() = Driver::default();
+        self.cache_chosen = false;
+        let writeback = self.shared.config.cache == CacheMode::Writeback;
+        self.shared.writeback.store(writeback, Ordering::Relaxed);
     }
 
     fn shutdown(&mut self) -> Result<()> {
         if self.read_only {
             return Ok(());
         }
-        self.image.flush().map_err(Error::io("flush a disk"))
+        self.shared.image.flush().map_err(Error::io("flush a disk"))
     }
 }
 
-impl fmt::Display for BlkCounts {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { reads, writes, flushes, read_bytes, written_bytes, errors } = self;
-        write!(
-            f,
-            "{reads} reads ({read_bytes} bytes), {writes} writes ({written_bytes} bytes), {flushes} flushes, {errors} errors"
-        )
+/// What can be done with a [`Block`] device while it works, from any thread. It may outlive the device.
+#[derive(Debug, Clone)]
+pub struct BlockHandle(Arc<Shared>);
+
+impl BlockHandle {
+    /// Looks at the image again, whose size may have changed, and tells the driver. Returns the bytes of the disk now.
+    ///
+    /// A driver that reads the capacity during this may find a mixture, but is told afterwards and reads it again. Requests
+    /// beyond the end of a smaller disk fail.
+    ///
+    /// # Errors
+    /// As [`Image::refresh_size`]; the disk stays as it is.
+    pub fn resize(&self) -> io::Result<u64> {
+        let shared = &self.0;
+        // One at a time, so that the driver is never told of the older of two sizes.
+        let mut driver = shared.driver();
+        let capacity = shared.config.capacity(shared.image.refresh_size()?);
+        if shared.capacity.swap(capacity, Ordering::AcqRel) != capacity {
+            match &driver.control {
+                Some(control) => control.config_changed(),
+                None => driver.missed = true,
+            }
+        }
+        Ok(capacity * freestone_block::SECTOR_SIZE)
+    }
+
+    /// Changes the rate limit, or takes it away. New buckets begin full.
+    pub fn set_rate_limiter(&self, limiter: Option<RateLimiter>) {
+        self.0.throttle.set(limiter);
+    }
+
+    /// The rate limit, if there is one.
+    pub fn rate_limiter(&self) -> Option<RateLimiter> {
+        self.0.throttle.limiter()
+    }
+
+    /// Times that a worker waited because of the rate limit.
+    pub fn throttled(&self) -> u64 {
+        self.0.throttle.waits()
+    }
+
+    /// The device's counters.
+    pub fn stats(&self) -> Arc<BlkStats> {
+        Arc::clone(&self.0.stats)
     }
 }
