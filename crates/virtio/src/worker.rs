@@ -20,6 +20,9 @@ const BATCH_TIME: Duration = Duration::from_micros(50);
 /// A step that takes longer ends early, so that other work on the same thread, a pause or a reset need not wait for it.
 const STEP_TIME: Duration = Duration::from_millis(2);
 
+/// See [`QueueWorker::DEFAULT_POLL`].
+pub(crate) const DEFAULT_POLL: Duration = Duration::from_micros(10);
+
 /// Answers requests, one at a time.
 pub trait RequestHandler: Send {
     /// Serves the request in `buffers` and returns how many bytes it wrote to their device-writable part, from its start.
@@ -44,7 +47,7 @@ pub struct QueueWorker<H> {
 
 impl<H: RequestHandler> QueueWorker<H> {
     /// How long a worker looks at an empty queue before it asks for kicks, where that proves useful.
-    pub const DEFAULT_POLL: Duration = Duration::from_micros(10);
+    pub const DEFAULT_POLL: Duration = DEFAULT_POLL;
 
     /// A worker of `active`.
     pub fn new(mem: GuestMem, active: ActiveQueue, control: DeviceControl, handler: H) -> Self {
@@ -118,7 +121,7 @@ fn drain<'m, H: RequestHandler>(
 }
 
 /// Shows the driver what is done, and interrupts it if it wants that.
-fn complete(queue: &mut AttachedQueue<'_, '_>, irq: &Irq) -> Result<()> {
+pub(crate) fn complete(queue: &mut AttachedQueue<'_, '_>, irq: &Irq) -> Result<()> {
     queue.publish()?;
     if queue.needs_interrupt()?
         && let Err(error) = irq.trigger()
@@ -152,7 +155,7 @@ impl<H: RequestHandler> Worker for QueueWorker<H> {
 
 /// What to do after a completion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Batched {
+pub(crate) enum Batched {
     /// Let it wait for more.
     Wait,
     /// Publish what there is.
@@ -165,7 +168,7 @@ enum Batched {
 ///
 /// The clock is read once for each full batch, so never for a driver with one quick request at a time.
 #[derive(Debug)]
-struct Batch {
+pub(crate) struct Batch {
     size: u16,
     waiting: u16,
     /// When the first and the last full batch of this step were published.
@@ -173,16 +176,16 @@ struct Batch {
 }
 
 impl Batch {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { size: MAX_BATCH, waiting: 0, step: None }
     }
 
-    fn begin_step(&mut self) {
+    pub(crate) fn begin_step(&mut self) {
         self.waiting = 0;
         self.step = None;
     }
 
-    fn add(&mut self) -> Batched {
+    pub(crate) fn add(&mut self) -> Batched {
         self.waiting += 1;
         if self.waiting < self.size {
             return Batched::Wait;
@@ -211,7 +214,7 @@ impl Batch {
 /// A look that finds nothing makes it skip the next 1, 2, 4, and at last 256 occasions; one that finds something makes it look
 /// every time.
 #[derive(Debug)]
-struct Poller {
+pub(crate) struct Poller {
     time: Duration,
     misses: u32,
     skip: u32,
@@ -220,11 +223,11 @@ struct Poller {
 impl Poller {
     const MAX_SKIP_SHIFT: u32 = 8;
 
-    fn new(time: Duration) -> Self {
+    pub(crate) fn new(time: Duration) -> Self {
         Self { time, misses: 0, skip: 0 }
     }
 
-    fn poll(&mut self, mut ready: impl FnMut() -> Result<bool>) -> Result<bool> {
+    pub(crate) fn poll(&mut self, mut ready: impl FnMut() -> Result<bool>) -> Result<bool> {
         if self.time.is_zero() {
             return Ok(false);
         }
