@@ -6,6 +6,7 @@ pub mod driver;
 mod error;
 pub mod hostile;
 mod log;
+mod msi;
 pub mod scripted;
 mod skip;
 mod wiring;

@@ -1,9 +1,11 @@
 //! Memory slots of a scripted VM, with a dirty log as KVM keeps it.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use freestone_hypervisor::{Error, MapFlags, Result};
+use freestone_bus::{MemorySlots, SlotGuard};
+use freestone_hypervisor::{DEVICE_SLOTS, Error, MapFlags, Result};
 use freestone_memory::layout::PAGE_SIZE;
 use freestone_memory::{Address, Bytes, GuestAddress, GuestMemoryRegion, MemoryMap, Region};
 
@@ -37,10 +39,28 @@ impl Slots {
 
     pub(crate) fn insert(&self, slot: u32, region: Arc<Region>, flags: MapFlags) -> Result<()> {
         let mut slots = self.lock();
-        let new = Mapped { dirty: bitmap(region.len()), region, flags };
         if slots.contains_key(&slot) {
             return Err(Error::OutOfRange { what: "slot", value: slot.into(), reason: "it is taken" });
         }
+        Self::insert_free(&mut slots, slot, region, flags)
+    }
+
+    /// Maps `region` into the first free slot of devices.
+    fn insert_device(&self, region: Arc<Region>, flags: MapFlags) -> Result<u32> {
+        let mut slots = self.lock();
+        let free = (DEVICE_SLOTS..).find(|slot| !slots.contains_key(slot));
+        let slot = free.ok_or(Error::Unsupported("another memory slot"))?;
+        Self::insert_free(&mut slots, slot, region, flags)?;
+        Ok(slot)
+    }
+
+    fn insert_free(
+        slots: &mut BTreeMap<u32, Mapped>,
+        slot: u32,
+        region: Arc<Region>,
+        flags: MapFlags,
+    ) -> Result<()> {
+        let new = Mapped { dirty: bitmap(region.len()), region, flags };
         if slots.values().any(|m| m.start() < new.end() && new.start() < m.end()) {
             let reason = "it overlaps another slot";
             return Err(Error::OutOfRange { what: "guest-physical address", value: new.start(), reason });
@@ -103,6 +123,32 @@ impl Slots {
         }
         let clean = bitmap(mapped.region.len());
         Ok(std::mem::replace(&mut mapped.dirty, clean))
+    }
+}
+
+/// The handle that devices are given; it tells `log` what was mapped (`map 64 ...`) and taken away.
+pub(crate) struct DeviceSlots {
+    slots: Arc<Slots>,
+    log: Arc<dyn Fn(String) + Send + Sync>,
+}
+
+impl DeviceSlots {
+    pub(crate) fn new(slots: Arc<Slots>, log: impl Fn(String) + Send + Sync + 'static) -> Self {
+        Self { slots, log: Arc::new(log) }
+    }
+}
+
+impl MemorySlots for DeviceSlots {
+    fn map(&self, region: &Arc<Region>, read_only: bool) -> io::Result<SlotGuard> {
+        let flags = if read_only { MapFlags::READ_ONLY } else { MapFlags::empty() };
+        let slot = self.slots.insert_device(Arc::clone(region), flags).map_err(io::Error::other)?;
+        (self.log)(format!("map {slot} {:#x}+{:#x}", region.start_addr().raw_value(), region.len()));
+        let (slots, log) = (Arc::clone(&self.slots), Arc::clone(&self.log));
+        Ok(SlotGuard::new(move || {
+            if slots.remove(slot).is_ok() {
+                log(format!("unmap {slot}"));
+            }
+        }))
     }
 }
 

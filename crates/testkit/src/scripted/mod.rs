@@ -15,6 +15,7 @@ mod vcpu;
 mod vm;
 
 pub(crate) use doorbells::{BellHandle, Bells};
+pub(crate) use memory::{DeviceSlots, Slots};
 pub use probe::{CpuSnapshot, Probe, Record, Slot};
 pub use repeat::RepeatVcpu;
 pub use script::{Code, Done, Guest, Op, Round, Script};

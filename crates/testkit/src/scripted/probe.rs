@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use freestone_bus::MsiMessage;
 use freestone_hypervisor::MapFlags;
 use freestone_hypervisor::x86::{CpuidLeaf, MpState, Regs, SpecialRegs};
 use freestone_memory::MemoryMap;
@@ -11,6 +12,7 @@ use freestone_memory::MemoryMap;
 use super::doorbells::Bells;
 use super::memory::Slots;
 use crate::log::Edges;
+use crate::msi::Messages;
 
 /// What a scripted vCPU did or saw.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,14 +106,28 @@ pub struct Slot {
 }
 
 /// State that a VM, its vCPUs and its probes share.
-#[derive(Default)]
 pub(crate) struct Shared {
-    pub(crate) slots: Slots,
+    pub(crate) slots: Arc<Slots>,
     pub(crate) bells: Arc<Bells>,
     pub(crate) edges: Arc<Edges>,
+    pub(crate) messages: Arc<Messages>,
     pub(crate) cpus: Mutex<BTreeMap<u32, Cpu>>,
     /// Calls of the VM in their order.
     pub(crate) calls: Mutex<Vec<String>>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        let edges = Arc::<Edges>::default();
+        Self {
+            slots: Arc::default(),
+            bells: Arc::default(),
+            messages: Messages::new(Arc::clone(&edges)),
+            edges,
+            cpus: Mutex::default(),
+            calls: Mutex::default(),
+        }
+    }
 }
 
 /// One vCPU's part of it.
@@ -177,6 +193,31 @@ impl Probe {
     /// Raises an edge on line `gsi`, as a device would.
     pub fn raise(&self, gsi: u32) {
         self.0.edges.raise(gsi);
+    }
+
+    /// How often `message` was delivered.
+    pub fn msi_count(&self, message: MsiMessage) -> u64 {
+        self.0.messages.count(message)
+    }
+
+    /// Every message that was delivered, with how often, sorted by address and data.
+    pub fn msi_delivered(&self) -> Vec<(MsiMessage, u64)> {
+        self.0.messages.delivered()
+    }
+
+    /// The message of every route that exists, oldest first.
+    pub fn msi_routes(&self) -> Vec<Option<MsiMessage>> {
+        self.0.messages.routes()
+    }
+
+    /// Triggers that were lost because their route had no message.
+    pub fn msi_lost(&self) -> u64 {
+        self.0.messages.lost()
+    }
+
+    /// Refuses every message that is set from now on, or takes them again.
+    pub fn refuse_msi(&self, refuse: bool) {
+        self.0.messages.refuse(refuse);
     }
 
     /// Doorbells bound now.

@@ -6,16 +6,18 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use freestone_bus::{Doorbells, Irq, IrqChip};
+use freestone_bus::{Doorbells, Irq, IrqChip, MemorySlots, MsiSource};
 use freestone_hypervisor::x86::{CpuidLeaf, MpState};
 use freestone_hypervisor::{DirtyLog, Error, Hypervisor, MapFlags, Result, Vm};
 use freestone_memory::{Address, GuestMemoryRegion, Region};
 
 use super::doorbells::BellHandle;
+use super::memory::DeviceSlots;
 use super::probe::{Probe, Shared};
 use super::script::Script;
 use super::vcpu::{ScriptedVcpu, Wait};
 use crate::log::Edges;
+use crate::msi::MessageSource;
 
 /// Interrupt lines of the scripted interrupt controller.
 const PINS: u32 = 24;
@@ -26,7 +28,9 @@ const WAIT: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 struct Features {
     irq_chip: bool,
+    msi: bool,
     doorbells: bool,
+    memory_slots: bool,
     max_vcpus: u32,
     cpuid: Vec<CpuidLeaf>,
     refused_msrs: Vec<u32>,
@@ -52,7 +56,9 @@ impl ScriptedHypervisor {
     pub fn with_scripts(scripts: Vec<Script>) -> Self {
         let features = Features {
             irq_chip: true,
+            msi: true,
             doorbells: true,
+            memory_slots: true,
             max_vcpus: 64,
             cpuid: made_up_cpuid(),
             refused_msrs: Vec::new(),
@@ -65,6 +71,20 @@ impl ScriptedHypervisor {
     #[must_use]
     pub fn without_irq_chip(mut self) -> Self {
         self.features.irq_chip = false;
+        self
+    }
+
+    /// Leaves the interrupt controller its lines only: no message-signalled interrupts.
+    #[must_use]
+    pub fn without_msi(mut self) -> Self {
+        self.features.msi = false;
+        self
+    }
+
+    /// Takes the memory slots of devices away.
+    #[must_use]
+    pub fn without_memory_slots(mut self) -> Self {
+        self.features.memory_slots = false;
         self
     }
 
@@ -162,6 +182,10 @@ impl ScriptedVm {
     pub fn probe(&self) -> Probe {
         Probe(Arc::clone(&self.shared))
     }
+
+    fn msi(&self) -> Option<Arc<MessageSource>> {
+        self.features.msi.then(|| Arc::new(MessageSource(Arc::clone(&self.shared.messages))))
+    }
 }
 
 impl Vm for ScriptedVm {
@@ -214,13 +238,27 @@ impl Vm for ScriptedVm {
             }
             self.shared.call(Shared::IRQ_CHIP.to_owned());
         }
-        Ok(Some(Arc::new(Chip(Arc::clone(&self.shared.edges)))))
+        Ok(Some(Arc::new(Chip { edges: Arc::clone(&self.shared.edges), msi: self.msi() })))
     }
 
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         self.features
             .doorbells
             .then(|| Arc::new(BellHandle(Arc::clone(&self.shared.bells))) as Arc<dyn Doorbells>)
+    }
+
+    fn memory_slots(&self) -> Option<Arc<dyn MemorySlots>> {
+        if !self.features.memory_slots {
+            return None;
+        }
+        // The handle outlives the VM where a device does; it must not keep what the VM was told alive by itself.
+        let shared = Arc::downgrade(&self.shared);
+        let log = move |what| {
+            if let Some(shared) = shared.upgrade() {
+                shared.call(what);
+            }
+        };
+        Some(Arc::new(DeviceSlots::new(Arc::clone(&self.shared.slots), log)))
     }
 
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {
@@ -248,7 +286,10 @@ impl Shared {
     }
 }
 
-struct Chip(Arc<Edges>);
+struct Chip {
+    edges: Arc<Edges>,
+    msi: Option<Arc<MessageSource>>,
+}
 
 impl IrqChip for Chip {
     fn pins(&self) -> u32 {
@@ -259,7 +300,12 @@ impl IrqChip for Chip {
         if gsi >= PINS {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        Ok(self.0.irq(gsi))
+        Ok(self.edges.irq(gsi))
+    }
+
+    fn msi(&self) -> Option<Arc<dyn MsiSource>> {
+        let msi = self.msi.as_ref()?;
+        Some(Arc::clone(msi) as Arc<dyn MsiSource>)
     }
 }
 
