@@ -35,6 +35,33 @@ pub enum Error {
         /// Guest-physical address of the offending range.
         gpa: u64,
     },
+    /// A region beside the boot memory is refused.
+    #[error("region of {len:#x} bytes at {gpa:#x}: {reason}")]
+    Region {
+        /// Guest-physical address of the region.
+        gpa: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Why it is refused.
+        reason: &'static str,
+    },
+    /// There is no region to take away.
+    #[error("no region that was added begins at {gpa:#x}")]
+    NoRegion {
+        /// Guest-physical address given.
+        gpa: u64,
+    },
+    /// Pages could not be given back to the host.
+    #[error("cannot give back {len:#x} bytes of guest memory at {gpa:#x}")]
+    Discard {
+        /// Guest-physical address of the pages.
+        gpa: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
     /// The file behind the memory could not be made.
     #[error("cannot create a memory file of {size} bytes for the guest ({backing})")]
     File {

@@ -1,18 +1,18 @@
 //! [`GuestMem`]: the one handle to guest memory that every device, loader and vCPU is given.
 
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
-    GuestMemoryRegion, GuestRegionMmap, VolatileSlice,
+    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryLoadGuard,
+    GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileSlice,
 };
 
 use crate::backing::{self, Mapper};
 use crate::dirty::{DirtyLog, DirtyPages};
 use crate::layout::{self, MAX_PHYS_BITS, RamRange};
-use crate::{Backing, Error, Result};
+use crate::{Backing, Error, Result, discard};
 
 /// Bytes per bit of the dirty bitmap: the size of a page of KVM's dirty log, so that the two can be merged.
 const DIRTY_PAGE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
@@ -29,6 +29,10 @@ pub type MemorySlice<'a> = VolatileSlice<'a, BS<'a, Option<AtomicBitmap>>>;
 /// Guest memory: a cheap, clonable handle over vm-memory.
 ///
 /// All clones are the same memory. It is unmapped when the last clone, view and slice is gone.
+///
+/// The RAM that the machine is started with never changes. Devices may add regions beside it and take them away again while
+/// the machine runs: every [`view`](Self::view) taken from then on has them, and a view taken before is as it was, which also
+/// keeps a region mapped that was removed. So whoever works in steps takes a view for each step.
 #[derive(Debug, Clone)]
 pub struct GuestMem {
     map: GuestMemoryAtomic<MemoryMap>,
@@ -50,12 +54,13 @@ impl GuestMem {
         self.map.memory()
     }
 
-    /// The regions, sorted by guest-physical address; a hypervisor maps each into a slot.
+    /// The regions of the RAM that the machine is started with, sorted by guest-physical address; a hypervisor maps each into
+    /// a slot. Regions that were inserted later are not among them.
     pub fn regions(&self) -> &[Arc<Region>] {
         &self.regions
     }
 
-    /// Bytes of RAM in all regions.
+    /// Bytes of the RAM that the machine is started with.
     pub fn size(&self) -> u64 {
         self.regions.iter().map(|r| r.len()).sum()
     }
@@ -63,6 +68,69 @@ impl GuestMem {
     /// What the memory is made of in the host.
     pub fn backing(&self) -> Backing {
         self.backing
+    }
+
+    /// Adds a region, so that devices can read and write it. The guest sees it only when a hypervisor maps it too.
+    ///
+    /// # Errors
+    /// - [`Error::Overlap`]: there is memory already.
+    /// - [`Error::Region`]: this process cannot read and write the mapping.
+    pub fn insert_region(&self, region: Arc<Region>) -> Result<()> {
+        let gpa = region.start_addr().0;
+        let wanted = libc::PROT_READ | libc::PROT_WRITE;
+        if region.prot() & wanted != wanted {
+            let reason = "what devices use must be readable and writable";
+            return Err(Error::Region { gpa, len: region.len(), reason });
+        }
+        let lock = self.map.lock().unwrap_or_else(PoisonError::into_inner);
+        let map = self.map.memory().insert_region(region).map_err(|_| Error::Overlap { gpa })?;
+        lock.replace(map);
+        Ok(())
+    }
+
+    /// Takes away the region that begins at `gpa` and was [inserted](Self::insert_region). Views taken before keep it mapped.
+    ///
+    /// # Errors
+    /// [`Error::NoRegion`] if no inserted region begins there. The RAM that the machine was started with stays.
+    pub fn remove_region(&self, gpa: u64) -> Result<Arc<Region>> {
+        let none = Error::NoRegion { gpa };
+        let addr = GuestAddress(gpa);
+        if self.regions.iter().any(|region| region.start_addr() == addr) {
+            return Err(none);
+        }
+        let lock = self.map.lock().unwrap_or_else(PoisonError::into_inner);
+        let view = self.map.memory();
+        let Some(len) = view.find_region(addr).map(GuestMemoryRegion::len) else { return Err(none) };
+        let (map, region) = view.remove_region(addr, len).map_err(|_| none)?;
+        lock.replace(map);
+        Ok(region)
+    }
+
+    /// Gives the whole pages in `len` bytes at `gpa` back to the host, and returns how many bytes that was. They stay mapped,
+    /// read as zeros, and count as written in the dirty log.
+    ///
+    /// Nothing happens to what is no memory, and three kinds of memory stay as they are: huge pages, which were reserved so
+    /// that the guest cannot meet an empty pool; files on disk, which would lose data; and mappings made elsewhere that are
+    /// shared without a file.
+    ///
+    /// # Errors
+    /// [`Error::Discard`] if the host refuses, as it does for locked memory.
+    pub fn discard(&self, gpa: u64, len: u64) -> Result<u64> {
+        discard::range(&self.view(), gpa, len)
+    }
+
+    /// As [`discard`](Self::discard), for bytes that are known as a slice of guest memory. A slice of anything else is left
+    /// alone.
+    ///
+    /// # Errors
+    /// As [`discard`](Self::discard).
+    pub fn discard_slice(&self, slice: &MemorySlice<'_>) -> Result<u64> {
+        discard::slice(&self.view(), slice)
+    }
+
+    /// Whether [`discard`](Self::discard) has an effect on the page at `gpa`.
+    pub fn can_discard(&self, gpa: u64) -> bool {
+        discard::can(&self.view(), GuestAddress(gpa))
     }
 
     /// The log of pages that the VMM itself wrote to, or `None` when [`GuestMemBuilder::dirty_log`] was not asked for.
@@ -199,6 +267,78 @@ mod tests {
     use vm_memory::{Bytes, GuestMemoryBackend};
 
     use super::*;
+    use crate::{FileMapping, RegionBuilder};
+
+    const ADDED: u64 = 1 << 32;
+
+    fn added(len: u64) -> Arc<Region> {
+        RegionBuilder::new(ADDED, len).build().unwrap()
+    }
+
+    #[test]
+    fn a_region_can_be_added_and_taken_away_while_others_use_the_memory() {
+        let mem = GuestMem::anonymous(1 << 20).unwrap();
+        let clone = mem.clone();
+        let before = clone.view();
+        mem.insert_region(added(0x2000)).unwrap();
+        clone.view().write_obj(5u8, GuestAddress(ADDED + 0x1FFF)).unwrap();
+        before.write_obj(5u8, GuestAddress(ADDED)).unwrap_err();
+        let during = clone.view();
+        let region = mem.remove_region(ADDED).unwrap();
+        assert_eq!(region.start_addr(), GuestAddress(ADDED));
+        clone.view().write_obj(5u8, GuestAddress(ADDED)).unwrap_err();
+        // A view taken before keeps what it had.
+        drop(region);
+        assert_eq!(during.read_obj::<u8>(GuestAddress(ADDED + 0x1FFF)).unwrap(), 5);
+    }
+
+    #[test]
+    fn a_region_can_be_added_again_after_it_was_taken_away() {
+        let mem = GuestMem::anonymous(1 << 20).unwrap();
+        for _ in 0..3 {
+            mem.insert_region(added(0x2000)).unwrap();
+            mem.remove_region(ADDED).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_added_region_is_no_boot_memory() {
+        let mem = GuestMem::anonymous(1 << 20).unwrap();
+        mem.insert_region(added(0x2000)).unwrap();
+        assert_eq!((mem.regions().len(), mem.size()), (1, 1 << 20));
+    }
+
+    #[test]
+    fn a_region_where_memory_is_already_is_refused() {
+        let mem = GuestMem::anonymous(1 << 20).unwrap();
+        mem.insert_region(added(0x2000)).unwrap();
+        for (gpa, len) in
+            [(0, 0x1000), (0xF_F000, 0x2000), (ADDED + 0x1000, 0x1000), (ADDED - 0x1000, 0x4000)]
+        {
+            let error = mem.insert_region(RegionBuilder::new(gpa, len).build().unwrap()).unwrap_err();
+            assert!(matches!(error, Error::Overlap { gpa: at } if at == gpa), "{gpa:#x} {error:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_not_added_cannot_be_taken_away() {
+        let mem = GuestMem::anonymous(1 << 20).unwrap();
+        mem.insert_region(added(0x2000)).unwrap();
+        for gpa in [0, 0x1000, ADDED + 0x1000, ADDED - 0x1000, u64::MAX] {
+            let error = mem.remove_region(gpa).unwrap_err();
+            assert!(matches!(error, Error::NoRegion { gpa: at } if at == gpa), "{gpa:#x} {error:?}");
+        }
+    }
+
+    #[test]
+    fn a_region_that_a_device_cannot_write_is_refused() {
+        let mem = GuestMem::anonymous(1 << 20).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x1000).unwrap();
+        let builder = RegionBuilder::new(ADDED, 0x1000).file(Arc::new(file), 0, FileMapping::ReadOnly);
+        let error = mem.insert_region(builder.build().unwrap()).unwrap_err();
+        assert!(matches!(error, Error::Region { gpa: ADDED, .. }), "{error:?}");
+    }
 
     fn size_error(size: u64) -> String {
         let error = GuestMemBuilder::new(size).build().unwrap_err();

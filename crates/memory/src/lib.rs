@@ -2,16 +2,19 @@
 
 mod backing;
 mod dirty;
+mod discard;
 mod error;
 mod guest_mem;
 pub mod io;
 pub mod layout;
 pub mod paging;
+mod region;
 
 pub use backing::{Backing, HugePageSize};
 pub use dirty::{DirtyLog, DirtyPages};
 pub use error::{Error, Result};
 pub use guest_mem::{GuestMem, GuestMemBuilder, MemoryMap, MemorySlice, MemoryView, Region};
+pub use region::{FileMapping, RegionBuilder};
 // vm-memory's vocabulary is part of our API on purpose: a device written for it works here.
 pub use vm_memory::{
     self, Address, AtomicAccess, ByteValued, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend,

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use freestone_bus::{EventFd, Irq, Work};
+use freestone_bus::{EventFd, Irq, Wiring, Work};
 use freestone_memory::GuestMem;
 
 use crate::queue::VirtQueue;
@@ -87,6 +87,16 @@ pub trait VirtioDevice: Send {
     /// If not: the transport then refuses the device.
     fn check(&self, name: &str) -> Result<()> {
         let _ = name;
+        Ok(())
+    }
+
+    /// The device is being plugged into a machine. A device that needs more of it than queues and an interrupt takes that here,
+    /// such as address space for memory of its own. The transports' plugs call this once, before anything else.
+    ///
+    /// # Errors
+    /// If the machine cannot give what the device needs: it is then not plugged in.
+    fn attach(&mut self, wiring: &mut dyn Wiring) -> freestone_bus::Result<()> {
+        let _ = wiring;
         Ok(())
     }
 

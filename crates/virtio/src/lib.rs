@@ -32,6 +32,8 @@ pub mod transport;
 pub mod vsock;
 mod worker;
 
+#[cfg(feature = "balloon")]
+pub use balloon::{Balloon, BalloonConfig, BalloonCounts, BalloonHandle, BalloonStatistics};
 #[cfg(feature = "blk")]
 pub use blk::{BlkCounts, BlkStats, Block, BlockConfig, BlockHandle};
 pub use control::DeviceControl;

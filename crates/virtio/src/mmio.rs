@@ -307,7 +307,8 @@ impl VirtioMmioPlug {
 }
 
 impl Plug for VirtioMmioPlug {
-    fn plug(self: Box<Self>, wiring: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> {
+    fn plug(mut self: Box<Self>, wiring: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> {
+        self.device.attach(wiring)?;
         let base = wiring.alloc_mmio(MMIO_LEN)?;
         let (gsi, irq) = wiring.irq(None)?;
         let parts = MmioWiring {
