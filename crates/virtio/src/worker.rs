@@ -118,7 +118,7 @@ fn drain<'m, H: RequestHandler>(
 }
 
 /// Shows the driver what is done, and interrupts it if it wants that.
-fn complete(queue: &mut AttachedQueue<'_, '_>, irq: &Irq) -> Result<()> {
+pub(crate) fn complete(queue: &mut AttachedQueue<'_, '_>, irq: &Irq) -> Result<()> {
     queue.publish()?;
     if queue.needs_interrupt()?
         && let Err(error) = irq.trigger()
@@ -152,7 +152,7 @@ impl<H: RequestHandler> Worker for QueueWorker<H> {
 
 /// What to do after a completion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Batched {
+pub(crate) enum Batched {
     /// Let it wait for more.
     Wait,
     /// Publish what there is.
@@ -165,7 +165,7 @@ enum Batched {
 ///
 /// The clock is read once for each full batch, so never for a driver with one quick request at a time.
 #[derive(Debug)]
-struct Batch {
+pub(crate) struct Batch {
     size: u16,
     waiting: u16,
     /// When the first and the last full batch of this step were published.
@@ -173,16 +173,16 @@ struct Batch {
 }
 
 impl Batch {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { size: MAX_BATCH, waiting: 0, step: None }
     }
 
-    fn begin_step(&mut self) {
+    pub(crate) fn begin_step(&mut self) {
         self.waiting = 0;
         self.step = None;
     }
 
-    fn add(&mut self) -> Batched {
+    pub(crate) fn add(&mut self) -> Batched {
         self.waiting += 1;
         if self.waiting < self.size {
             return Batched::Wait;
@@ -211,7 +211,7 @@ impl Batch {
 /// A look that finds nothing makes it skip the next 1, 2, 4, and at last 256 occasions; one that finds something makes it look
 /// every time.
 #[derive(Debug)]
-struct Poller {
+pub(crate) struct Poller {
     time: Duration,
     misses: u32,
     skip: u32,
@@ -220,11 +220,11 @@ struct Poller {
 impl Poller {
     const MAX_SKIP_SHIFT: u32 = 8;
 
-    fn new(time: Duration) -> Self {
+    pub(crate) fn new(time: Duration) -> Self {
         Self { time, misses: 0, skip: 0 }
     }
 
-    fn poll(&mut self, mut ready: impl FnMut() -> Result<bool>) -> Result<bool> {
+    pub(crate) fn poll(&mut self, mut ready: impl FnMut() -> Result<bool>) -> Result<bool> {
         if self.time.is_zero() {
             return Ok(false);
         }
