@@ -42,6 +42,15 @@ pub enum Error {
         /// The image.
         path: PathBuf,
     },
+    /// The page cache cannot be gone around.
+    #[error("disk {path:?} cannot be used with direct I/O in sectors of 512 bytes; do without direct")]
+    Direct {
+        /// The image.
+        path: PathBuf,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
     /// The image has not even one sector.
     #[error("disk {path:?} has {size} bytes: the smallest disk is one sector of 512 bytes")]
     TooSmall {

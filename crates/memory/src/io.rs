@@ -1,7 +1,8 @@
 //! Positional vectored file I/O straight into and out of guest memory, without a copy.
 //!
-//! Crates that forbid `unsafe` (block devices, image formats) do their file I/O through these two functions. They are
-//! `preadv(2)` and `pwritev(2)` over [`VolatileSlice`]s and nothing more: no queueing, no retry of short transfers.
+//! Crates that forbid `unsafe` (block devices, image formats) do their file I/O through these functions. They are
+//! `preadv(2)` and `pwritev(2)` over [`VolatileSlice`]s, and `preadv2(2)` where it must not wait, and nothing more: no
+//! queueing, no retry of short transfers.
 //!
 //! The system calls are made through libc and not through rustix or `std`, because those take `IoSliceMut`, which is a
 //! `&mut [u8]`. The guest may write to the same bytes at any moment, so such a reference must not exist, not even for
@@ -39,6 +40,26 @@ pub fn read_vectored_at<B: BitmapSlice>(
         // mapped, writable by the slice's contract, and never turned into a reference here. `iov.len()` is at most
         // IOV_MAX, so it is the true number of initialised entries behind the pointer. `fd` is open while it is borrowed.
         unsafe { libc::preadv(fd.as_raw_fd(), iov.as_ptr(), count(iov), offset) }
+    })?;
+    mark_dirty(bufs, done);
+    Ok(done)
+}
+
+/// As [`read_vectored_at`], but never waits for a device: only what the host has in memory is read (`RWF_NOWAIT`).
+///
+/// Returns how many bytes were read: fewer than the slices hold where the rest is not in memory, or at the end of the file.
+///
+/// # Errors
+/// As [`read_vectored_at`]; `WouldBlock` when not even the first byte is in memory; `EOPNOTSUPP` when the file system cannot
+/// tell (tmpfs, for one, which has everything in memory).
+pub fn read_vectored_at_nowait<B: BitmapSlice>(
+    fd: BorrowedFd<'_>,
+    bufs: &[VolatileSlice<'_, B>],
+    offset: u64,
+) -> io::Result<usize> {
+    let done = transfer(bufs, offset, |iov, offset| {
+        // SAFETY: as in `read_vectored_at`; the flag changes when the call returns, not what it does with the memory.
+        unsafe { libc::preadv2(fd.as_raw_fd(), iov.as_ptr(), count(iov), offset, libc::RWF_NOWAIT) }
     })?;
     mark_dirty(bufs, done);
     Ok(done)
@@ -244,6 +265,23 @@ mod tests {
         assert_eq!(read_vectored_at(source.as_fd(), &bufs, 0).unwrap(), slices * 3);
         assert_eq!(write_vectored_at(target.as_fd(), &bufs, 0).unwrap(), slices * 3);
         assert_eq!(content(&mut target), original);
+    }
+
+    #[test]
+    fn read_that_may_not_wait_reads_what_the_host_has_in_memory() {
+        // Written a moment ago, so it is in memory. Some file systems cannot tell.
+        let file = file(b"..cached");
+        let mem = GuestMemBuilder::new(0x1_0000).dirty_log(true).build().unwrap();
+        let view = mem.view();
+        let bufs = [view.get_slice(GuestAddress(0x3000), 6).unwrap()];
+        match read_vectored_at_nowait(file.as_fd(), &bufs, 2) {
+            Ok(done) => {
+                assert_eq!(done, 6);
+                assert_eq!(&view.read_obj::<[u8; 6]>(GuestAddress(0x3000)).unwrap(), b"cached");
+                assert_eq!(mem.take_dirty().unwrap()[0].pages().collect::<Vec<_>>(), [0x3000]);
+            }
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP), "{error}"),
+        }
     }
 
     #[test]

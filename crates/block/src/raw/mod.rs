@@ -1,19 +1,29 @@
 //! [`RawImage`]: a regular file or a block device whose bytes are the disk's bytes.
+//!
+//! What the file can do is in `probe`, holes and zeroes are in `holes`, O_DIRECT is in `direct`, and requests that do not wait
+//! are in `crate::uring`.
+
+mod direct;
+pub(crate) mod holes;
+mod probe;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use freestone_memory::MemorySlice;
 use freestone_memory::io::{read_vectored_at, write_vectored_at};
 use rustix::fs::OFlags;
 
-use crate::image::{Image, SECTOR_SIZE};
+use crate::image::{Image, Limits, SECTOR_SIZE};
 use crate::queue::{Engine, IoQueue, SyncQueue};
+use crate::uring::{Policy, UringQueue};
 use crate::{Error, Result};
+use holes::Target;
 
 /// How to open a [`RawImage`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,11 +33,16 @@ pub struct RawOptions {
     pub read_only: bool,
     /// Lock the file against double use (`flock(2)`): a writer excludes everybody, readers exclude writers. Default: `true`.
     pub lock: bool,
+    /// Go around the host's page cache (`O_DIRECT`). Default: `false`.
+    ///
+    /// Requests whose buffers are not whole sectors of 512 bytes at addresses that are multiples of 512 work as well, but are
+    /// copied; a write of less than a sector also reads the sector first.
+    pub direct: bool,
 }
 
 impl Default for RawOptions {
     fn default() -> Self {
-        Self { read_only: false, lock: true }
+        Self { read_only: false, lock: true, direct: false }
     }
 }
 
@@ -51,6 +66,13 @@ impl RawOptions {
         self
     }
 
+    /// Sets [`direct`](Self::direct).
+    #[must_use]
+    pub fn direct(mut self, direct: bool) -> Self {
+        self.direct = direct;
+        self
+    }
+
     /// Opens the image at `path`.
     ///
     /// # Errors
@@ -65,14 +87,21 @@ impl RawOptions {
 pub struct RawImage {
     file: File,
     path: PathBuf,
-    size: u64,
-    unused: u64,
+    /// Size of the file, which may have a part of a sector at its end.
+    bytes: AtomicU64,
     read_only: bool,
+    direct: bool,
+    target: Target,
+    limits: Limits,
+    /// Held by writes of parts of sectors around the page cache, each of which is a read and a write of the sectors.
+    partial: Mutex<()>,
 }
 
 impl RawImage {
-    /// Opens and locks the image at `path`. The size is taken once; bytes after the last whole sector are not part of the
-    /// disk, see [`unused_bytes`](Self::unused_bytes).
+    /// Opens and locks the image at `path`. The size is taken now and by [`refresh_size`](Image::refresh_size); bytes after the
+    /// last whole sector are not part of the disk, see [`unused_bytes`](Self::unused_bytes).
+    ///
+    /// What [`limits`](Image::limits) says is found out now, without a change to what the file holds.
     ///
     /// # Errors
     /// - [`Error::Io`]: the file cannot be opened or examined.
@@ -80,6 +109,7 @@ impl RawImage {
     /// - [`Error::NotWritable`]: it can only be attached read-only.
     /// - [`Error::Locked`]: somebody else uses it.
     /// - [`Error::TooSmall`]: it has less than one sector.
+    /// - [`Error::Direct`]: [`RawOptions::direct`] was asked for, and the host has it not, or only in blocks above 512 bytes.
     pub fn open(path: impl AsRef<Path>, options: RawOptions) -> Result<Self> {
         let path = path.as_ref();
         let fail = |op| move |source| Error::Io { path: path.to_owned(), op, source };
@@ -94,7 +124,7 @@ impl RawImage {
     ///
     /// # Errors
     /// As [`open`](Self::open), but for what opening itself can fail with.
-    pub fn from_file(mut file: File, name: impl AsRef<Path>, options: RawOptions) -> Result<Self> {
+    pub fn from_file(file: File, name: impl AsRef<Path>, options: RawOptions) -> Result<Self> {
         let path = name.as_ref();
         let fail = |op| move |source| Error::Io { path: path.to_owned(), op, source };
         let metadata = file.metadata().map_err(fail("examine it"))?;
@@ -102,16 +132,28 @@ impl RawImage {
         if options.lock {
             lock(path, &file, options.read_only)?;
         }
-        let bytes = if metadata.file_type().is_block_device() {
-            file.seek(SeekFrom::End(0)).map_err(fail("find its size"))?
-        } else {
-            metadata.len()
-        };
-        let size = bytes - bytes % SECTOR_SIZE;
-        if size == 0 {
+        let target = if metadata.file_type().is_block_device() { Target::Device } else { Target::File };
+        let bytes = measure(&file, target).map_err(fail("find its size"))?;
+        if bytes < SECTOR_SIZE {
             return Err(Error::TooSmall { path: path.to_owned(), size: bytes });
         }
-        Ok(Self { file, path: path.to_owned(), size, unused: bytes - size, read_only: options.read_only })
+        set_flags(&file, options.direct).map_err(|source| match options.direct {
+            true => Error::Direct { path: path.to_owned(), source },
+            false => fail("set its flags")(source),
+        })?;
+        if options.direct {
+            direct::probe(&file).map_err(|source| Error::Direct { path: path.to_owned(), source })?;
+        }
+        Ok(Self {
+            limits: probe::limits(&file, &metadata, target, bytes, options.read_only),
+            file,
+            path: path.to_owned(),
+            bytes: AtomicU64::new(bytes),
+            read_only: options.read_only,
+            direct: options.direct,
+            target,
+            partial: Mutex::new(()),
+        })
     }
 
     /// The path it was opened by.
@@ -121,7 +163,12 @@ impl RawImage {
 
     /// Bytes after the last whole sector, which the guest does not see: 0 for a well-made image, less than 512 always.
     pub fn unused_bytes(&self) -> u64 {
-        self.unused
+        self.bytes.load(Ordering::Relaxed) % SECTOR_SIZE
+    }
+
+    /// Whether it goes around the host's page cache.
+    pub fn direct(&self) -> bool {
+        self.direct
     }
 }
 
@@ -133,7 +180,8 @@ impl AsFd for RawImage {
 
 impl Image for RawImage {
     fn size(&self) -> u64 {
-        self.size
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        bytes - bytes % SECTOR_SIZE
     }
 
     fn read_only(&self) -> bool {
@@ -142,6 +190,9 @@ impl Image for RawImage {
 
     fn read_vectored_at(&self, bufs: &[MemorySlice<'_>], offset: u64) -> io::Result<()> {
         let wanted = self.check(bufs, offset)?;
+        if self.direct && !direct::is_aligned(bufs, offset) {
+            return direct::read(&self.file, bufs, offset);
+        }
         let done = read_vectored_at(self.file.as_fd(), bufs, offset)?;
         if done == wanted {
             return Ok(());
@@ -153,8 +204,9 @@ impl Image for RawImage {
 
     fn write_vectored_at(&self, bufs: &[MemorySlice<'_>], offset: u64) -> io::Result<()> {
         let wanted = self.check(bufs, offset)?;
-        if self.read_only {
-            return Err(io::ErrorKind::PermissionDenied.into());
+        self.check_writable()?;
+        if self.direct && !direct::is_aligned(bufs, offset) {
+            return direct::write(&self.file, &self.partial, bufs, offset);
         }
         let done = write_vectored_at(self.file.as_fd(), bufs, offset)?;
         if done == wanted {
@@ -172,22 +224,111 @@ impl Image for RawImage {
         self.file.sync_data()
     }
 
-    fn open_queue(self: Arc<Self>, engine: Engine, _depth: u16) -> io::Result<Box<dyn IoQueue>> {
-        match engine {
-            Engine::Auto | Engine::Sync => Ok(Box::new(SyncQueue::new(self))),
-            Engine::Uring => Err(io::ErrorKind::Unsupported.into()),
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check_discard(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        holes::discard(&self.file, self.target, offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.check_range(offset, len)?;
+        self.check_writable()?;
+        if len == 0 {
+            return Ok(());
+        }
+        holes::write_zeroes(&self.file, offset, len, unmap)
+    }
+
+    fn refresh_size(&self) -> io::Result<u64> {
+        let bytes = measure(&self.file, self.target)?;
+        if bytes < SECTOR_SIZE {
+            let text = format!("the disk has only {bytes} bytes now: less than a sector");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        self.bytes.store(bytes, Ordering::Relaxed);
+        Ok(bytes - bytes % SECTOR_SIZE)
+    }
+
+    fn open_queue(self: Arc<Self>, engine: Engine, depth: u16) -> io::Result<Box<dyn IoQueue>> {
+        let policy = match engine {
+            Engine::Sync => return Ok(Box::new(SyncQueue::new(self))),
+            Engine::Uring => Policy::Always,
+            Engine::Auto if self.direct => Policy::Always,
+            // Nothing there ever waits for a device.
+            Engine::Auto if probe::is_in_memory(&self.file) => return Ok(Box::new(SyncQueue::new(self))),
+            Engine::Auto => Policy::WhatWaits,
+        };
+        match UringQueue::open(Arc::clone(&self), depth, policy) {
+            Ok(queue) => Ok(Box::new(queue)),
+            Err(error) if engine == Engine::Auto => {
+                tracing::debug!(path = %self.path.display(), %error, "no io_uring: I/O is synchronous");
+                Ok(Box::new(SyncQueue::new(self)))
+            }
+            Err(error) => Err(error),
         }
     }
 }
 
 impl RawImage {
     /// The sum of the lengths of `bufs`, if they lie inside the disk at `offset`.
-    fn check(&self, bufs: &[MemorySlice<'_>], offset: u64) -> io::Result<usize> {
+    pub(crate) fn check(&self, bufs: &[MemorySlice<'_>], offset: u64) -> io::Result<usize> {
         let wanted = bufs.iter().try_fold(0usize, |sum, b| sum.checked_add(b.len()));
-        wanted
-            .filter(|&n| offset.checked_add(n as u64).is_some_and(|end| end <= self.size))
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the disk"))
+        let wanted = wanted.ok_or(io::ErrorKind::InvalidInput)?;
+        self.check_range(offset, wanted as u64)?;
+        Ok(wanted)
     }
+
+    pub(crate) fn check_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        if offset.checked_add(len).is_some_and(|end| end <= self.size()) {
+            return Ok(());
+        }
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the disk"))
+    }
+
+    pub(crate) fn check_writable(&self) -> io::Result<()> {
+        if self.read_only { Err(io::ErrorKind::PermissionDenied.into()) } else { Ok(()) }
+    }
+
+    pub(crate) fn check_discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check_range(offset, len)?;
+        self.check_writable()?;
+        if self.limits.discard { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
+    }
+
+    pub(crate) fn target(&self) -> Target {
+        self.target
+    }
+
+    /// Whether the kernel takes these buffers as they are.
+    pub(crate) fn takes(&self, bufs: &[MemorySlice<'_>], offset: u64) -> bool {
+        !self.direct || direct::is_aligned(bufs, offset)
+    }
+}
+
+/// Size of the file or device in bytes.
+fn measure(file: &File, target: Target) -> io::Result<u64> {
+    match target {
+        Target::File => Ok(file.metadata()?.len()),
+        // The position is nobody's: all reads and writes name theirs.
+        Target::Device => (&*file).seek(SeekFrom::End(0)),
+    }
+}
+
+/// Takes O_NONBLOCK away, with which io_uring would give up where it should wait, and sets O_DIRECT if it is wanted.
+fn set_flags(file: &File, direct: bool) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    let mut wanted = flags - OFlags::NONBLOCK;
+    wanted.set(OFlags::DIRECT, direct);
+    if wanted != flags {
+        rustix::fs::fcntl_setfl(file, wanted)?;
+    }
+    Ok(())
 }
 
 /// Goes on after a short transfer of `done` bytes until all is done; a transfer of nothing is the error `none`.

@@ -1,0 +1,95 @@
+//! The floor: the same reads and writes by bare system calls and by a bare io_uring, as tightly as they go.
+//!
+//! It trusts its caller's numbers and has one buffer for each request of a batch.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use freestone_benches::Fallible;
+use io_uring::{IoUring, opcode, types};
+
+use crate::{BLOCK, Batch};
+
+/// `preadv(2)` and `pwritev(2)`, one after the other.
+pub struct Calls {
+    file: File,
+    buffers: Vec<u8>,
+    write: bool,
+}
+
+impl Calls {
+    pub fn new(file: File, depth: usize, write: bool) -> Self {
+        Self { file, buffers: aligned(depth), write }
+    }
+}
+
+impl Batch for Calls {
+    fn batch(&mut self, offsets: &[u64]) -> Fallible<()> {
+        for (buffer, offset) in blocks(&mut self.buffers).zip(offsets) {
+            let iov = libc::iovec { iov_base: buffer.cast(), iov_len: BLOCK };
+            let at = libc::off_t::try_from(*offset)?;
+            let done = if self.write {
+                // SAFETY: the one iovec describes a block of our own buffers.
+                unsafe { libc::pwritev(self.file.as_raw_fd(), &raw const iov, 1, at) }
+            } else {
+                // SAFETY: as above; nobody else uses the buffer.
+                unsafe { libc::preadv(self.file.as_raw_fd(), &raw const iov, 1, at) }
+            };
+            if usize::try_from(done) != Ok(BLOCK) {
+                return Err(io::Error::last_os_error().into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One system call for a batch.
+pub struct Ring {
+    ring: IoUring,
+    buffers: Vec<u8>,
+    write: bool,
+}
+
+impl Ring {
+    pub fn new(file: &File, depth: usize, write: bool) -> Fallible<Self> {
+        let ring = IoUring::new(u32::try_from(depth)?)?;
+        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        Ok(Self { ring, buffers: aligned(depth), write })
+    }
+}
+
+impl Batch for Ring {
+    fn batch(&mut self, offsets: &[u64]) -> Fallible<()> {
+        let file = types::Fixed(0);
+        let len = u32::try_from(BLOCK)?;
+        for (buffer, offset) in blocks(&mut self.buffers).zip(offsets) {
+            let entry = match self.write {
+                true => opcode::Write::new(file, buffer, len).offset(*offset).build(),
+                false => opcode::Read::new(file, buffer, len).offset(*offset).build(),
+            };
+            // SAFETY: the buffers are ours, and are not used until all requests are done, below.
+            unsafe { self.ring.submission().push(&entry) }?;
+        }
+        let mut left = offsets.len();
+        while left > 0 {
+            self.ring.submit_and_wait(left)?;
+            for entry in self.ring.completion() {
+                left -= 1;
+                if usize::try_from(entry.result()) != Ok(BLOCK) {
+                    return Err(io::Error::from_raw_os_error(-entry.result()).into());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn aligned(depth: usize) -> Vec<u8> {
+    vec![0x5A; (depth + 1) * BLOCK]
+}
+
+fn blocks(buffers: &mut [u8]) -> impl Iterator<Item = *mut u8> {
+    let skip = buffers.as_ptr().align_offset(BLOCK);
+    buffers.get_mut(skip..).unwrap_or_default().chunks_exact_mut(BLOCK).map(<[u8]>::as_mut_ptr)
+}
