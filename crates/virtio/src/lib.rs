@@ -41,7 +41,7 @@ pub use device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, W
 pub use error::{Error, Result};
 pub use mmio::{MmioTransport, MmioWiring, VirtioMmioPlug};
 pub use pci::{PciTransport, PciWiring, VirtioPciPlug};
-pub use plug::{Transport, plug};
+pub use plug::{Transport, VirtioPlug};
 pub use queue::{
     AttachedQueue, Chain, ChainBuffers, QueueConfig, QueueState, RingPosition, RingState, SpareBuffers,
     VirtQueue,

@@ -14,7 +14,7 @@ use freestone_memory::GuestMem;
 
 use crate::Result;
 use crate::device::VirtioDevice;
-use crate::plug::{Lifecycle, Plugged, bus_error};
+use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
 use crate::stats::DeviceStats;
 use crate::transport::{DeviceCore, Half, Kicks, QueueArea, TransportOps};
 
@@ -161,11 +161,9 @@ impl MmioTransport {
         Ok(Self { kicks: core.kicks(), core: Mutex::new(core), line })
     }
 
-    /// As [`DeviceCore::with_stats`].
-    #[must_use]
-    pub fn with_stats(self, stats: DeviceStats) -> Self {
-        let core = self.core.into_inner().unwrap_or_else(PoisonError::into_inner).with_stats(stats);
-        Self { core: Mutex::new(core), ..self }
+    /// As [`DeviceCore::set_stats`].
+    pub fn set_stats(&self, stats: DeviceStats) {
+        self.lock().set_stats(stats);
     }
 
     /// As [`DeviceCore::stats`].
@@ -287,45 +285,40 @@ fn aligned<T, E>(offset: u64, word: std::result::Result<T, E>) -> std::result::R
 
 /// A virtio device that can be plugged into a machine as an MMIO device, described to the guest as ACPI `LNRO0005`.
 #[derive(Debug)]
-pub struct VirtioMmioPlug {
-    device: Box<dyn VirtioDevice>,
-    name: String,
-    stats: DeviceStats,
-}
+pub struct VirtioMmioPlug(Parts);
 
 impl VirtioMmioPlug {
     /// Makes `device` pluggable; `name`, such as `virtio-blk0`, is for messages.
     pub fn new(device: impl VirtioDevice + 'static, name: impl Into<String>) -> Self {
-        let name = name.into();
-        Self { stats: DeviceStats::new(&name, device.info()), device: Box::new(device), name }
+        Self(Parts::new(Box::new(device), name.into()))
     }
 
     /// What the device's queues will count, to be kept by whoever wants to read it.
     pub fn stats(&self) -> DeviceStats {
-        self.stats.clone()
+        self.0.stats.clone()
     }
 }
 
 impl Plug for VirtioMmioPlug {
-    fn plug(mut self: Box<Self>, wiring: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> {
-        self.device.attach(wiring)?;
-        let base = wiring.alloc_mmio(MMIO_LEN)?;
-        let (gsi, irq) = wiring.irq(None)?;
-        let parts = MmioWiring {
-            base,
-            mem: wiring.memory(),
-            irq,
-            doorbells: wiring.doorbells(),
-            spawner: wiring.spawner(),
-        };
-        let transport = MmioTransport::new(&self.name, self.device, parts);
-        let transport = transport.map_err(bus_error("set up a virtio device"))?.with_stats(self.stats);
-        let transport = Arc::new(transport);
-        wiring.mmio(base, MMIO_LEN, transport.clone())?;
-        let resources = vec![Resource::Mmio { base, len: MMIO_LEN }, Resource::Irq { gsi }];
-        wiring.describe(Description { hid: "LNRO0005", resources });
-        Ok(Box::new(Plugged::new(self.name, transport)))
+    fn plug(self: Box<Self>, wiring: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> {
+        plug(self.0, wiring)
     }
+}
+
+/// Wires a device up behind registers.
+pub(crate) fn plug(mut parts: Parts, wiring: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> {
+    parts.device.attach(wiring)?;
+    let spawner = parts.spawner(wiring);
+    let base = wiring.alloc_mmio(MMIO_LEN)?;
+    let (gsi, irq) = wiring.irq(None)?;
+    let wires = MmioWiring { base, mem: wiring.memory(), irq, doorbells: wiring.doorbells(), spawner };
+    let transport = MmioTransport::new(&parts.name, parts.device, wires);
+    let transport = Arc::new(transport.map_err(bus_error("set up a virtio device"))?);
+    transport.set_stats(parts.stats);
+    wiring.mmio(base, MMIO_LEN, transport.clone())?;
+    let resources = vec![Resource::Mmio { base, len: MMIO_LEN }, Resource::Irq { gsi }];
+    wiring.describe(Description { hid: "LNRO0005", resources });
+    Ok(Box::new(Plugged::new(parts.name, transport)))
 }
 
 impl Lifecycle for MmioTransport {

@@ -3,9 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use freestone_bus::{Device, Plug};
+use freestone_bus::{Device, Plug, Spawn, Wiring};
 
-use crate::{Error, Result, VirtioDevice, VirtioMmioPlug, VirtioPciPlug};
+use crate::stats::DeviceStats;
+use crate::{Error, Result, VirtioDevice};
 
 /// How a driver reaches a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -17,15 +18,66 @@ pub enum Transport {
     Mmio,
 }
 
-/// Makes `device` pluggable behind `transport`; `name`, such as `virtio-blk0`, is for messages.
-pub fn plug(
+/// A virtio device that can be plugged into a machine, behind the transport of choice.
+#[derive(Debug)]
+pub struct VirtioPlug {
     transport: Transport,
-    device: impl VirtioDevice + 'static,
-    name: impl Into<String>,
-) -> Box<dyn Plug> {
-    match transport {
-        Transport::Pci => Box::new(VirtioPciPlug::new(device, name)),
-        Transport::Mmio => Box::new(VirtioMmioPlug::new(device, name)),
+    parts: Parts,
+}
+
+impl VirtioPlug {
+    /// Makes `device` pluggable behind `transport`; `name`, such as `virtio-blk0`, is for messages.
+    pub fn new(transport: Transport, device: impl VirtioDevice + 'static, name: impl Into<String>) -> Self {
+        Self { transport, parts: Parts::new(Box::new(device), name.into()) }
+    }
+
+    /// What the device's queues will count, to be kept by whoever wants to read it.
+    pub fn stats(&self) -> DeviceStats {
+        self.parts.stats.clone()
+    }
+
+    /// Has `spawner` drive the device's workers in place of the machine's.
+    #[must_use]
+    pub fn spawner(mut self, spawner: Arc<dyn Spawn>) -> Self {
+        self.parts.spawner = Some(spawner);
+        self
+    }
+}
+
+impl Plug for VirtioPlug {
+    fn plug(self: Box<Self>, wiring: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> {
+        match self.transport {
+            Transport::Pci => crate::pci::plug(self.parts, wiring),
+            Transport::Mmio => crate::mmio::plug(self.parts, wiring),
+        }
+    }
+}
+
+/// What every plug of a virtio device holds.
+pub(crate) struct Parts {
+    pub(crate) device: Box<dyn VirtioDevice>,
+    pub(crate) name: String,
+    pub(crate) stats: DeviceStats,
+    spawner: Option<Arc<dyn Spawn>>,
+}
+
+impl Parts {
+    pub(crate) fn new(device: Box<dyn VirtioDevice>, name: String) -> Self {
+        Self { stats: DeviceStats::new(&name, device.info()), device, name, spawner: None }
+    }
+
+    /// Who drives the workers in a machine.
+    pub(crate) fn spawner(&self, wiring: &dyn Wiring) -> Arc<dyn Spawn> {
+        self.spawner.clone().unwrap_or_else(|| wiring.spawner())
+    }
+}
+
+impl std::fmt::Debug for Parts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parts")
+            .field("name", &self.name)
+            .field("device", &self.device)
+            .finish_non_exhaustive()
     }
 }
 

@@ -217,11 +217,9 @@ impl<T: TransportOps> DeviceCore<T> {
 
     /// Counts in `stats`, which somebody has taken before there was a core, instead of in statistics of its own. To be called
     /// before a driver uses the device; `stats` must be of this device.
-    #[must_use]
-    pub fn with_stats(mut self, stats: DeviceStats) -> Self {
+    pub fn set_stats(&mut self, stats: DeviceStats) {
         self.stats = stats;
         self.watch_kicks();
-        self
     }
 
     fn watch_kicks(&self) {

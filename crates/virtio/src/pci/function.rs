@@ -9,6 +9,7 @@ use freestone_memory::GuestMem;
 
 use super::registers::{self, PciOps, Registers, Shared};
 use crate::device::{DeviceInfo, DeviceType, VirtioDevice};
+use crate::stats::DeviceStats;
 use crate::transport::DeviceCore;
 use crate::{Error, Result};
 
@@ -102,6 +103,16 @@ impl PciTransport {
         let bar = BarMapping::new(bars.clone(), bar_len, Arc::clone(&registers) as Arc<dyn IoDevice>);
         let function = Mutex::new(Function { space, bar, bar_len, window, gone: false });
         Ok(Self { registers, function, bars, first_bar })
+    }
+
+    /// As [`DeviceCore::set_stats`].
+    pub fn set_stats(&self, stats: DeviceStats) {
+        self.registers.lock().set_stats(stats);
+    }
+
+    /// As [`DeviceCore::stats`].
+    pub fn stats(&self) -> DeviceStats {
+        self.registers.lock().stats()
     }
 
     /// As [`DeviceCore::pause`].

@@ -18,3 +18,4 @@ pub mod registers;
 
 pub use function::{PciTransport, PciWiring};
 pub use plug::VirtioPciPlug;
+pub(crate) use plug::plug;

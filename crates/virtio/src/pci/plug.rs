@@ -6,40 +6,49 @@ use freestone_bus::pci::{PciAddress, PciSegment};
 use freestone_bus::{Device, Plug, Wiring};
 
 use super::{PciTransport, PciWiring};
-use crate::plug::{Lifecycle, Plugged, bus_error};
+use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
+use crate::stats::DeviceStats;
 use crate::{Result, VirtioDevice};
 
 /// A virtio device that can be plugged into a machine as a function of PCI. A PCI root must be there before it.
 #[derive(Debug)]
-pub struct VirtioPciPlug {
-    device: Box<dyn VirtioDevice>,
-    name: String,
-}
+pub struct VirtioPciPlug(Parts);
 
 impl VirtioPciPlug {
     /// Makes `device` pluggable; `name`, such as `virtio-blk0`, is for messages.
     pub fn new(device: impl VirtioDevice + 'static, name: impl Into<String>) -> Self {
-        Self { device: Box::new(device), name: name.into() }
+        Self(Parts::new(Box::new(device), name.into()))
+    }
+
+    /// What the device's queues will count, to be kept by whoever wants to read it.
+    pub fn stats(&self) -> DeviceStats {
+        self.0.stats.clone()
     }
 }
 
 impl Plug for VirtioPciPlug {
     fn plug(self: Box<Self>, wiring: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> {
-        let Self { device, name } = *self;
-        let missing = || freestone_bus::Error::Missing { what: "a PCI root", device: name.clone() };
-        let segment = wiring.pci().ok_or_else(missing)?;
-        let parts = PciWiring {
-            bars: segment.bars().clone(),
-            mem: wiring.memory(),
-            msi: wiring.msi(),
-            doorbells: wiring.doorbells(),
-            spawner: wiring.spawner(),
-        };
-        let transport = PciTransport::new(&name, device, parts);
-        let transport = Arc::new(transport.map_err(bus_error("set up a virtio device"))?);
-        let address = segment.insert(&name, transport.clone())?;
-        Ok(Box::new(Plugged::new(name, Arc::new(Placed { transport, segment, address }))))
+        plug(self.0, wiring)
     }
+}
+
+/// Wires a device up as a function.
+pub(crate) fn plug(mut parts: Parts, wiring: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> {
+    let missing = || freestone_bus::Error::Missing { what: "a PCI root", device: parts.name.clone() };
+    let segment = wiring.pci().ok_or_else(missing)?;
+    parts.device.attach(wiring)?;
+    let wires = PciWiring {
+        bars: segment.bars().clone(),
+        mem: wiring.memory(),
+        msi: wiring.msi(),
+        doorbells: wiring.doorbells(),
+        spawner: parts.spawner(wiring),
+    };
+    let transport = PciTransport::new(&parts.name, parts.device, wires);
+    let transport = Arc::new(transport.map_err(bus_error("set up a virtio device"))?);
+    transport.set_stats(parts.stats);
+    let address = segment.insert(&parts.name, transport.clone())?;
+    Ok(Box::new(Plugged::new(parts.name, Arc::new(Placed { transport, segment, address }))))
 }
 
 /// A function in its place.
