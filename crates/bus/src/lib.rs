@@ -11,6 +11,7 @@ pub mod pci;
 mod plug;
 mod slots;
 mod space;
+mod thread;
 mod work;
 
 pub use adapter::{VmDeviceMmio, VmDevicePio};
@@ -22,6 +23,7 @@ pub use irq::{Irq, IrqChip, IrqTarget, MsiMessage, MsiRoute, MsiSource};
 pub use plug::{Description, Device, FixedHardware, GuestEvent, Notifier, Plug, Resource, Wiring};
 pub use slots::{MemorySlots, SlotGuard};
 pub use space::{Bus, BusView};
+pub use thread::ThreadSpawner;
 pub use work::{ManualSpawner, Pollable, Progress, Registration, Source, Spawn, Task, Turn, Work, spawn};
 // The eventfd of vmm-sys-util is the currency of kicks and interrupts.
 pub use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
