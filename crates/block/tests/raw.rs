@@ -180,3 +180,79 @@ fn a_lock_can_be_done_without() {
     let _writer = writable(&path).unwrap();
     RawOptions::new().lock(false).open(&path).unwrap();
 }
+
+#[test]
+fn size_is_taken_again_when_asked_for() {
+    let dir = folder();
+    let path = file(&dir, &[1; 4096]);
+    let disk = writable(&path).unwrap();
+    let resize = |len| File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
+    resize(8192 + 100);
+    assert_eq!(disk.size(), 4096);
+    assert_eq!(disk.refresh_size().unwrap(), 8192);
+    assert_eq!((disk.size(), disk.unused_bytes()), (8192, 100));
+    resize(1024);
+    assert_eq!(disk.refresh_size().unwrap(), 1024);
+    let mem = GuestMem::anonymous(0x1000).unwrap();
+    let view = mem.view();
+    let bufs = [view.get_slice(GuestAddress(0), 512).unwrap()];
+    disk.read_vectored_at(&bufs, 512).unwrap();
+    assert_eq!(disk.read_vectored_at(&bufs, 1024).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+}
+
+#[test]
+fn size_stays_when_the_file_has_no_sector_left() {
+    let dir = folder();
+    let path = file(&dir, &[1; 4096]);
+    let disk = writable(&path).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(511).unwrap();
+    let error = disk.refresh_size().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    assert!(error.to_string().contains("511"), "{error}");
+    assert_eq!(disk.size(), 4096);
+}
+
+#[test]
+fn blocks_of_a_file_are_those_of_its_file_system() {
+    let dir = folder();
+    let limits = writable(&file(&dir, &[1; 4096])).unwrap().limits();
+    assert!(limits.physical_block.is_power_of_two() && limits.physical_block >= 512, "{limits:?}");
+    assert!(limits.optimal_io.is_multiple_of(limits.physical_block), "{limits:?}");
+    assert!(limits.write_zeroes);
+}
+
+#[test]
+fn around_the_page_cache_any_alignment_works() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let content: Vec<u8> = (0..1 << 20).map(|i| u8::try_from(i / 7 % 251).unwrap()).collect();
+    let path = file(&dir, &content);
+    let disk = match RawOptions::new().direct(true).open(&path) {
+        Ok(disk) => disk,
+        Err(Error::Direct { source, .. }) => return println!("SKIP: {source}"),
+        Err(error) => panic!("{error}"),
+    };
+    assert!(disk.direct());
+    let mem = GuestMem::anonymous(2 << 20).unwrap();
+    let view = mem.view();
+    // Buffers at odd addresses; parts of sectors; more than is copied at once; and nothing.
+    for (at, len, offset) in
+        [(0, 512, 512), (3, 512, 1024), (0, 100, 700), (1, 900_001, 77), (4096, 4096, 8192), (9, 0, 5)]
+    {
+        let slice = view.get_slice(GuestAddress(at), len).unwrap();
+        disk.read_vectored_at(&[slice], offset as u64).unwrap();
+        let mut bytes = vec![0; len];
+        view.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        assert_eq!(bytes, content[offset..offset + len], "{at} {len} {offset}");
+    }
+    let mut expected = content;
+    for (at, len, offset) in [(3, 512, 1024), (0, 100, 700), (1, 600_001, 77), (4096, 4096, 8192)] {
+        view.write_slice(&vec![u8::try_from(len % 255).unwrap(); len], GuestAddress(at)).unwrap();
+        let (head, tail) = (len / 3, len - len / 3);
+        let bufs = [(at, head), (at + head as u64, tail)]
+            .map(|(at, len)| view.get_slice(GuestAddress(at), len).unwrap());
+        disk.write_vectored_at(&bufs, offset as u64).unwrap();
+        expected[offset..offset + len].fill(u8::try_from(len % 255).unwrap());
+    }
+    disk.flush().unwrap();
+    assert!(std::fs::read(&path).unwrap() == expected);
+}
