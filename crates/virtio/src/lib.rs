@@ -13,6 +13,8 @@ pub mod blk;
 pub mod console;
 mod control;
 mod device;
+#[cfg(any(feature = "mem", feature = "pmem"))]
+mod device_memory;
 mod error;
 pub mod features;
 #[cfg(feature = "mem")]
@@ -38,7 +40,11 @@ pub use blk::{BlkCounts, BlkStats, Block, BlockConfig};
 pub use control::DeviceControl;
 pub use device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 pub use error::{Error, Result};
+#[cfg(feature = "mem")]
+pub use mem::{Mem, MemConfig, MemHandle};
 pub use mmio::{MmioTransport, MmioWiring, VirtioMmioPlug};
+#[cfg(feature = "pmem")]
+pub use pmem::{Pmem, PmemConfig, PmemCounts, PmemStats};
 pub use queue::{AttachedQueue, Chain, ChainBuffers, QueueConfig, SpareBuffers, VirtQueue};
 pub use transport::{DeviceCore, Kicks, TransportOps};
 pub use worker::{QueueWorker, RequestHandler};
