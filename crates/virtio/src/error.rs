@@ -1,11 +1,12 @@
 //! The error type of this crate.
 
 use std::io;
+use std::path::PathBuf;
 
 /// What can go wrong with a virtio device.
 ///
-/// Everything but [`Io`](Self::Io), [`Wiring`](Self::Wiring) and [`Config`](Self::Config) is the driver's doing: the device then stops and sets
-/// DEVICE_NEEDS_RESET.
+/// Everything but [`Io`](Self::Io), [`Wiring`](Self::Wiring), [`File`](Self::File), [`PmemSize`](Self::PmemSize) and
+/// [`Config`](Self::Config) is the driver's doing: the device then stops and sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -118,6 +119,28 @@ pub enum Error {
     /// The machine has no place for the device.
     #[error("cannot give the device a place in the machine")]
     Wiring(#[from] freestone_bus::Error),
+    /// A file of a device cannot be used.
+    #[error("file {path:?}: cannot {op}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was being done.
+        op: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A file has no size that persistent memory can have.
+    #[error(
+        "persistent memory {path:?} has {size} bytes, and must have a multiple of 2 MiB: the next is {}",
+        size.saturating_add(1).next_multiple_of(2 << 20)
+    )]
+    PmemSize {
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+    },
     /// The device was configured with something impossible.
     #[error("device {device}: {reason}")]
     Config {

@@ -13,6 +13,8 @@ pub mod blk;
 pub mod console;
 mod control;
 mod device;
+#[cfg(any(feature = "mem", feature = "pmem"))]
+mod device_memory;
 mod error;
 pub mod features;
 #[cfg(feature = "mem")]
@@ -39,9 +41,13 @@ pub use blk::{BlkCounts, BlkStats, Block, BlockConfig, BlockHandle};
 pub use control::DeviceControl;
 pub use device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 pub use error::{Error, Result};
+#[cfg(feature = "mem")]
+pub use mem::{Mem, MemConfig, MemHandle};
 pub use mmio::{MmioTransport, MmioWiring, VirtioMmioPlug};
 pub use pci::{PciTransport, PciWiring, VirtioPciPlug};
 pub use plug::{Transport, VirtioPlug};
+#[cfg(feature = "pmem")]
+pub use pmem::{Pmem, PmemConfig, PmemCounts, PmemStats};
 pub use queue::{
     AttachedQueue, Chain, ChainBuffers, QueueConfig, QueueState, RingPosition, RingState, SpareBuffers,
     VirtQueue,
