@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand};
 
+use crate::control::Ctl;
 use crate::disk::DiskSpec;
 use crate::size;
+use crate::specs::{BalloonSpec, HotplugSpec, PmemSpec, RngSpec, VsockSpec};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -34,6 +36,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run a virtual machine with its console on this terminal.
     Run(Box<Run>),
+    /// Ask a running machine: statistics, disks, balloon, memory.
+    Ctl(Ctl),
     /// Tell what this host can do for virtual machines, and how to mend what it cannot.
     Doctor(Doctor),
 }
@@ -47,6 +51,8 @@ Examples:
       Boot a Linux kernel to its initramfs.
   freestone run --kernel vmlinux --disk root.img --disk data.img,ro --cmdline 'console=ttyS0 root=/dev/vda rw'
       Boot from a disk; the second disk cannot be written.
+  freestone run --kernel vmlinux --disk path=root.qcow2,format=qcow2,queues=2 --rng on --vsock vm.sock --control vm.ctl
+      A qcow2 image with two queues, entropy, sockets to the host, and control by `freestone ctl vm.ctl`.
 
 On a terminal, Ctrl-A x stops the machine and Ctrl-A h lists the other keys.
 
@@ -89,13 +95,70 @@ pub(crate) struct Run {
     #[arg(long)]
     pub(crate) prefault: bool,
 
-    /// Attach a raw disk image; `,ro` makes it read-only. May be repeated: the first is /dev/vda, then vdb, and so on.
-    #[arg(long = "disk", value_name = "PATH[,ro]", value_parser = clap::value_parser!(DiskSpec))]
+    /// How the guest finds its virtio devices.
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Transport::Pci)]
+    pub(crate) transport: Transport,
+
+    /// Attach a disk image: path=FILE[,format=raw|qcow2|probe][,ro][,backing=on][,queues=N][,engine=auto|sync|uring]
+    /// [,cache=writeback|writethrough][,direct][,serial=TEXT][,block-size=512|4096][,bandwidth=SIZE][,iops=N][,thread=on|off].
+    /// A comma in a name is written twice. May be repeated: the first is /dev/vda, then vdb, and so on.
+    ///
+    /// An image is raw unless it was made as something else by `freestone image create`, or a format is given. `probe` goes by
+    /// what the file looks like: never use it for a raw image that a guest has written. backing=on lets the image read
+    /// further files that it names.
+    #[arg(long = "disk", value_name = "FILE[,OPTION...]", value_parser = clap::value_parser!(DiskSpec))]
     pub(crate) disks: Vec<DiskSpec>,
+
+    /// Attach an entropy source (/dev/hwrng): on[,bandwidth=SIZE][,iops=N] limits what the guest gets in a second.
+    #[arg(long, value_name = "on[,OPTION...]", num_args = 0..=1, default_missing_value = "on")]
+    pub(crate) rng: Option<RngSpec>,
+
+    /// Attach a memory balloon: on[,target=SIZE][,deflate-on-oom=off][,reporting=off][,hinting=on].
+    #[arg(long, value_name = "on[,OPTION...]", num_args = 0..=1, default_missing_value = "on")]
+    pub(crate) balloon: Option<BalloonSpec>,
+
+    /// Attach sockets between guest and host: SOCKET[,cid=N]. Programs connect to SOCKET and say `CONNECT port`; a connection
+    /// of the guest to port P arrives at SOCKET_P.
+    #[arg(long, value_name = "SOCKET[,cid=N]")]
+    pub(crate) vsock: Option<VsockSpec>,
+
+    /// Attach a file as persistent memory (/dev/pmem0): FILE[,ro][,reserve=off]. Its size is a multiple of 2M. May be repeated.
+    #[arg(long = "pmem", value_name = "FILE[,OPTION...]")]
+    pub(crate) pmems: Vec<PmemSpec>,
+
+    /// Let memory be plugged and unplugged while the guest runs: MOST[,requested=SIZE][,block=SIZE].
+    #[arg(long, value_name = "MOST[,OPTION...]")]
+    pub(crate) memory_hotplug: Option<HotplugSpec>,
+
+    /// Which console of the guest is on this terminal.
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = ConsoleKind::Serial)]
+    pub(crate) console: ConsoleKind,
+
+    /// Listen for `freestone ctl` at this socket.
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) control: Option<PathBuf>,
 
     /// Print how often each vCPU left the guest, and why, when the machine ends.
     #[arg(long)]
     pub(crate) stats: bool,
+}
+
+/// How virtio devices are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Transport {
+    /// As functions of PCI, with an interrupt for each queue.
+    Pci,
+    /// By registers at addresses that ACPI tells; no PCI at all.
+    Mmio,
+}
+
+/// Consoles of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ConsoleKind {
+    /// The first serial port: ttyS0.
+    Serial,
+    /// A virtio console: hvc0. There is no serial port then.
+    Virtio,
 }
 
 /// How to enter a kernel.

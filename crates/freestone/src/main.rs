@@ -1,16 +1,20 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod attach;
 mod cli;
 mod console;
+mod control;
 mod demo;
 mod disk;
 mod doctor;
 mod failure;
+mod options;
 mod probe;
 mod run;
 mod signals;
 mod size;
+mod specs;
 mod stats;
 mod terminal;
 
@@ -32,6 +36,7 @@ fn main() -> ExitCode {
     };
     let outcome = log_to_stderr(&cli.log).and_then(|()| match &cli.command {
         Command::Run(args) => run::run(args),
+        Command::Ctl(args) => control::ctl(args),
         Command::Doctor(args) => doctor::doctor(args),
     });
     outcome.unwrap_or_else(|failure| {

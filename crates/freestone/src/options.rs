@@ -1,8 +1,5 @@
 //! Options of a device on the command line: `path=disk.img,ro,queues=4`.
 
-use std::fmt;
-use std::str::FromStr;
-
 /// Options that are being taken apart: each is taken once by name, and what is left over is an error.
 #[derive(Debug)]
 pub(crate) struct Options {
@@ -41,15 +38,7 @@ impl Options {
         }
     }
 
-    /// Takes the value of `key`.
-    pub(crate) fn value<T: FromStr>(&mut self, key: &str) -> Result<Option<T>, String>
-    where
-        T::Err: fmt::Display,
-    {
-        self.with(key, |text| text.parse::<T>().map_err(|error| error.to_string()))
-    }
-
-    /// Takes the value of `key` by way of `parse`.
+    /// Takes the value of `key`, read by `parse`.
     pub(crate) fn with<T>(
         &mut self,
         key: &str,
@@ -96,13 +85,17 @@ fn split(text: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
+    fn number(text: &str) -> Result<u16, String> {
+        text.parse().map_err(|_| "not a number".to_owned())
+    }
+
     #[test]
     fn the_first_part_may_do_without_its_key() {
         let mut options = Options::parse("a.img,ro,queues=4", Some("path")).unwrap();
         assert_eq!(options.text("path").unwrap().as_deref(), Some("a.img"));
         assert_eq!(options.switch("ro"), Ok(Some(true)));
-        assert_eq!(options.value::<u16>("queues"), Ok(Some(4)));
-        assert_eq!(options.value::<u16>("absent"), Ok(None));
+        assert_eq!(options.with("queues", number), Ok(Some(4)));
+        assert_eq!(options.with("absent", number), Ok(None));
         options.finish("").unwrap();
     }
 
@@ -118,7 +111,7 @@ mod tests {
         assert!(Options::parse("a=1,a=2", None).unwrap_err().contains("\"a\" is given twice"));
         assert!(Options::parse("a=1,,,", None).is_err());
         let mut options = Options::parse("queues=x,ro=maybe,path=,rest", None).unwrap();
-        assert!(options.value::<u16>("queues").unwrap_err().contains("queues=x"));
+        assert!(options.with("queues", number).unwrap_err().contains("queues=x"));
         assert!(options.switch("ro").unwrap_err().contains("on or off"));
         assert!(options.text("path").unwrap_err().contains("needs a value"));
         assert!(options.finish("a, b").unwrap_err().contains("\"rest\" is no option here; there are: a, b"));

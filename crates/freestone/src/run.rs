@@ -4,20 +4,17 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use freestone_kvm::Kvm;
-use freestone_vmm::block::{Image, RawImage, RawOptions};
-use freestone_vmm::devices::{I8042Plug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug};
+use freestone_vmm::devices::{I8042Plug, PciRootPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug};
 use freestone_vmm::loader;
 use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
-use freestone_vmm::virtio::{VirtioMmioPlug, blk};
 use freestone_vmm::{ExitReason, FileSource, MachineBuilder, Payload};
 
-use crate::cli::{MemoryBacking, Protocol, Run};
-use crate::console::Console;
-use crate::demo;
-use crate::disk::DiskSpec;
+use crate::attach::Attached;
+use crate::cli::{ConsoleKind, MemoryBacking, Protocol, Run, Transport};
+use crate::console::{Console, FollowSize};
+use crate::control::ControlServer;
 use crate::failure::{FAILURE, Failure};
 use crate::signals::StopOnSignal;
 use crate::{size, stats};
@@ -26,21 +23,23 @@ use crate::{size, stats};
 pub(crate) fn run(args: &Run) -> Result<ExitCode, Failure> {
     let kvm = Kvm::open()?;
     let payload = payload(args)?;
-    let (console, serial) = Console::new()?;
-    let mut builder = MachineBuilder::new(&kvm)
-        .cpus(args.cpus)
-        .memory(memory(args)?)
-        .stats(args.stats)
-        .device(serial)
+    let console = Console::new();
+    let attached = Attached::new(args, &console)?;
+    let mut builder = MachineBuilder::new(&kvm).cpus(args.cpus).memory(memory(args)?).stats(args.stats);
+    if args.console == ConsoleKind::Serial {
+        builder = builder.device(console.serial()?);
+    }
+    builder = builder
         .device(PowerPlug::new())
         .device(I8042Plug::new())
         .device(RtcPlug::new())
         .device(PvPanicPlug::new())
         .device(ProgressPlug::new());
-    for (letter, image) in ('a'..='z').zip(images(args)?) {
-        let name = format!("vd{letter}");
-        let config = blk::BlockConfig::new().read_only(image.read_only()).serial(disk_id(args, &name));
-        builder = builder.device(VirtioMmioPlug::new(blk::Block::new(image, config), name));
+    if args.transport == Transport::Pci {
+        builder = builder.device(PciRootPlug::new());
+    }
+    for plug in attached.plugs {
+        builder = builder.device(plug);
     }
     let mut machine = builder.payload(payload).build()?;
 
@@ -48,6 +47,16 @@ pub(crate) fn run(args: &Run) -> Result<ExitCode, Failure> {
     let signals = StopOnSignal::install(machine.handle())
         .map_err(|e| Failure::new(format!("cannot catch signals: {e}")))?;
     let _signals = machine.drive(signals)?;
+    let _size =
+        attached.console.map(FollowSize::install).transpose()?.map(|work| machine.drive(work)).transpose()?;
+    let _control = match &args.control {
+        Some(path) => {
+            let server = ControlServer::bind(path, attached.controls)
+                .map_err(|e| Failure::new(format!("cannot listen for control at {}: {e}", path.display())))?;
+            Some(machine.drive(server)?)
+        }
+        None => None,
+    };
     let reason = machine.run();
     drop(terminal);
     let reason = reason?;
@@ -115,7 +124,11 @@ fn payload(args: &Run) -> Result<Payload, Failure> {
 }
 
 fn default_cmdline(args: &Run) -> String {
-    let mut line = String::from("console=ttyS0 panic=-1");
+    let console = match args.console {
+        ConsoleKind::Serial => "ttyS0",
+        ConsoleKind::Virtio => "hvc0",
+    };
+    let mut line = format!("console={console} panic=-1");
     if args.initrd.is_none()
         && let Some(disk) = args.disks.first()
     {
@@ -132,39 +145,4 @@ fn open(what: &str, path: &Path) -> Result<FileSource, Failure> {
         return Err(failed(&"it is a directory"));
     }
     FileSource::open(path).map_err(|e| failed(&e))
-}
-
-/// The most disks: as many as there are letters and interrupt lines for them.
-const MAX_DISKS: usize = 18;
-
-/// The disks in order. The built-in guest has a disk of its own in front.
-fn images(args: &Run) -> Result<Vec<Arc<dyn Image>>, Failure> {
-    if args.disks.len() > MAX_DISKS {
-        let asked = args.disks.len();
-        return Err(Failure::usage(format!(
-            "{asked} disks are too many: --disk may be given {MAX_DISKS} times"
-        )));
-    }
-    let mut images: Vec<Arc<dyn Image>> = Vec::new();
-    if args.kernel.is_none() {
-        images.push(Arc::new(demo::disk()?));
-    }
-    for DiskSpec { path, read_only } in &args.disks {
-        let image = RawImage::open(path, RawOptions::new().read_only(*read_only))?;
-        if image.unused_bytes() != 0 {
-            let unused = image.unused_bytes();
-            tracing::warn!(disk = ?path, "the last {unused} bytes are less than a sector and not part of the disk");
-        }
-        images.push(Arc::new(image));
-    }
-    Ok(images)
-}
-
-/// What the guest reads as the disk's id: its name, or the mark of the built-in guest's own disk.
-fn disk_id(args: &Run, name: &str) -> String {
-    if args.kernel.is_none() && name == "vda" {
-        freestone_guest::DEMO_DISK_ID.to_owned()
-    } else {
-        name.to_owned()
-    }
 }

@@ -24,7 +24,11 @@ pub(crate) fn parse_memory(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
-/// Parses a size in bytes; a number without a unit counts MiB.
+/// Parses any size in bytes; a number without a unit counts MiB.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    parse(text)
+}
+
 fn parse(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());

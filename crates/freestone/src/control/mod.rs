@@ -8,5 +8,5 @@ mod protocol;
 mod server;
 
 pub(crate) use client::{Ctl, ctl};
-pub(crate) use protocol::Controls;
+pub(crate) use protocol::{Controls, limiter};
 pub(crate) use server::ControlServer;

@@ -67,7 +67,9 @@ impl ControlServer {
     }
 
     fn serve(&mut self, slot: u64) {
-        let Some(place) = usize::try_from(slot).ok().and_then(|slot| self.clients.get_mut(slot)) else { return };
+        let Some(place) = usize::try_from(slot).ok().and_then(|slot| self.clients.get_mut(slot)) else {
+            return;
+        };
         let Some(client) = place else { return };
         if client.turn(&self.controls).is_err() {
             // The descriptor leaves the epoll set when it is closed.

@@ -1,0 +1,125 @@
+//! `freestone ctl`: asks a running machine.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use serde_json::Value;
+
+use super::protocol::{Request, describe};
+use crate::failure::Failure;
+use crate::{disk, size};
+
+/// How long an answer may take.
+const LIMIT: Duration = Duration::from_secs(30);
+/// Bytes of the largest answer.
+const MAX_ANSWER: u64 = 16 << 20;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  freestone run --control vm.ctl --disk disk.img --balloon on &
+  freestone ctl vm.ctl stats
+  truncate -s 20G disk.img; freestone ctl vm.ctl disk vda refresh
+  freestone ctl vm.ctl disk vda limit --bandwidth 50M --iops 1000
+  freestone ctl vm.ctl balloon 512M
+
+Exit status: 0 if the machine did it, 1 if not.")]
+pub(crate) struct Ctl {
+    /// The socket that `freestone run --control` was given.
+    socket: PathBuf,
+
+    /// Print the machine's answer as it is, in JSON.
+    #[arg(long)]
+    json: bool,
+
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Show what the devices' queues counted: requests, bytes, notifications, interrupts, latencies.
+    Stats,
+    /// Change a disk.
+    Disk {
+        /// Name of the disk: vda, vdb and so on.
+        name: String,
+        #[command(subcommand)]
+        what: DiskWhat,
+    },
+    /// Ask the guest to give up this much memory (0: none), or show how much it gave up.
+    Balloon {
+        /// 64M, 1G; a bare number is MiB.
+        #[arg(value_parser = size::parse_bytes)]
+        bytes: Option<u64>,
+    },
+    /// Ask the guest to use this much hot-plugged memory, or show how much it uses.
+    Memory {
+        /// 64M, 1G; a bare number is MiB.
+        #[arg(value_parser = size::parse_bytes)]
+        bytes: Option<u64>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum DiskWhat {
+    /// Look at the image again, which may have been made larger or smaller, and tell the guest.
+    Refresh,
+    /// Limit what goes through the disk; without options there is no limit any more.
+    Limit {
+        /// Bytes a second.
+        #[arg(long, value_name = "SIZE", value_parser = size::parse_bytes)]
+        bandwidth: Option<u64>,
+        /// Requests a second.
+        #[arg(long, value_name = "N", value_parser = disk::positive)]
+        iops: Option<u64>,
+    },
+}
+
+impl What {
+    fn request(&self) -> Request {
+        match self {
+            Self::Stats => Request::Stats,
+            Self::Disk { name, what: DiskWhat::Refresh } => Request::DiskRefresh { disk: name.clone() },
+            Self::Disk { name, what: DiskWhat::Limit { bandwidth, iops } } => {
+                Request::DiskLimit { disk: name.clone(), bandwidth: *bandwidth, iops: *iops }
+            }
+            Self::Balloon { bytes } => Request::Balloon { bytes: *bytes },
+            Self::Memory { bytes } => Request::Memory { bytes: *bytes },
+        }
+    }
+}
+
+/// Asks and prints the answer.
+pub(crate) fn ctl(args: &Ctl) -> Result<ExitCode, Failure> {
+    let request = args.what.request();
+    let answer = ask(args, &request)?;
+    if let Some(error) = answer.get("error").and_then(Value::as_str) {
+        return Err(Failure::new(error));
+    }
+    let answer = answer.get("ok").ok_or_else(|| Failure::new("the machine's answer is none"))?;
+    if args.json {
+        println!("{answer}");
+    } else {
+        println!("{}", describe(&request, answer));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn ask(args: &Ctl, request: &Request) -> Result<Value, Failure> {
+    let path = args.socket.display();
+    let failed =
+        |what: &str, error: &dyn std::fmt::Display| Failure::new(format!("cannot {what} {path}: {error}"));
+    let mut stream = UnixStream::connect(&args.socket).map_err(|e| failed("connect to", &e))?;
+    stream.set_read_timeout(Some(LIMIT)).map_err(|e| failed("use", &e))?;
+    let mut line = serde_json::to_string(request)?;
+    line.push('\n');
+    stream.write_all(line.as_bytes()).map_err(|e| failed("write to", &e))?;
+    let mut answer = String::new();
+    BufReader::new(stream.take(MAX_ANSWER)).read_line(&mut answer).map_err(|e| failed("read from", &e))?;
+    serde_json::from_str(&answer).map_err(|e| failed("understand", &e))
+}

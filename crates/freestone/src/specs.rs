@@ -1,0 +1,167 @@
+//! What `--rng`, `--balloon`, `--vsock`, `--pmem` and `--memory-hotplug` say.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::disk::positive;
+use crate::options::Options;
+use crate::size;
+
+/// An entropy device: `on`, or limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RngSpec {
+    pub(crate) bandwidth: Option<u64>,
+    pub(crate) iops: Option<u64>,
+}
+
+impl FromStr for RngSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut options = Options::parse(text, None)?;
+        on(&mut options)?;
+        let spec = Self {
+            bandwidth: options.with("bandwidth", size::parse_bytes)?,
+            iops: options.with("iops", positive)?,
+        };
+        options.finish("bandwidth, iops")?;
+        Ok(spec)
+    }
+}
+
+/// A memory balloon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BalloonSpec {
+    pub(crate) target: u64,
+    pub(crate) deflate_on_oom: bool,
+    pub(crate) reporting: bool,
+    pub(crate) hinting: bool,
+}
+
+impl FromStr for BalloonSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut options = Options::parse(text, None)?;
+        on(&mut options)?;
+        let spec = Self {
+            target: options.with("target", size::parse_bytes)?.unwrap_or(0),
+            deflate_on_oom: options.switch("deflate-on-oom")?.unwrap_or(true),
+            reporting: options.switch("reporting")?.unwrap_or(true),
+            hinting: options.switch("hinting")?.unwrap_or(false),
+        };
+        options.finish("target, deflate-on-oom, reporting, hinting")?;
+        Ok(spec)
+    }
+}
+
+/// Takes the word `on`, by which a device without options is asked for.
+fn on(options: &mut Options) -> Result<(), String> {
+    match options.switch("on")? {
+        Some(false) => Err("on=off means nothing".to_owned()),
+        _ => Ok(()),
+    }
+}
+
+/// A socket device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VsockSpec {
+    pub(crate) path: PathBuf,
+    pub(crate) cid: u32,
+}
+
+impl FromStr for VsockSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut options = Options::parse(text, Some("path"))?;
+        let cid = |text: &str| {
+            let wrong = || "say a number from 3 to 4294967294".to_owned();
+            text.parse().ok().filter(|cid| (3..u32::MAX).contains(cid)).ok_or_else(wrong)
+        };
+        let spec = Self {
+            path: options.text("path")?.ok_or("vsock needs path=SOCKET")?.into(),
+            cid: options.with("cid", cid)?.unwrap_or(3),
+        };
+        options.finish("path, cid")?;
+        Ok(spec)
+    }
+}
+
+/// A file as persistent memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PmemSpec {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
+    pub(crate) reserve: bool,
+}
+
+impl FromStr for PmemSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut options = Options::parse(text, Some("path"))?;
+        let spec = Self {
+            path: options.text("path")?.ok_or("persistent memory needs path=FILE")?.into(),
+            read_only: options.switch("ro")?.unwrap_or(false),
+            reserve: options.switch("reserve")?.unwrap_or(true),
+        };
+        options.finish("path, ro, reserve")?;
+        Ok(spec)
+    }
+}
+
+/// Memory that can be plugged while the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct HotplugSpec {
+    pub(crate) most: u64,
+    pub(crate) requested: u64,
+    pub(crate) block: Option<u64>,
+}
+
+impl FromStr for HotplugSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut options = Options::parse(text, Some("most"))?;
+        let spec = Self {
+            most: options
+                .with("most", size::parse_bytes)?
+                .ok_or("say how much at most: --memory-hotplug 4G")?,
+            requested: options.with("requested", size::parse_bytes)?.unwrap_or(0),
+            block: options.with("block", size::parse_bytes)?,
+        };
+        options.finish("most, requested, block")?;
+        Ok(spec)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_options_is_asked_for_by_on() {
+        assert_eq!("on".parse(), Ok(RngSpec { bandwidth: None, iops: None }));
+        assert!("on".parse::<BalloonSpec>().unwrap().reporting);
+        assert!(!"reporting=off,target=64M".parse::<BalloonSpec>().unwrap().reporting);
+        assert!("on=off".parse::<RngSpec>().is_err());
+        assert!("size=4".parse::<BalloonSpec>().unwrap_err().contains("deflate-on-oom"));
+    }
+
+    #[test]
+    fn the_first_option_of_a_device_on_a_file_is_its_path() {
+        assert_eq!("v.sock".parse(), Ok(VsockSpec { path: "v.sock".into(), cid: 3 }));
+        assert_eq!("path=v,cid=7".parse(), Ok(VsockSpec { path: "v".into(), cid: 7 }));
+        assert!("v,cid=2".parse::<VsockSpec>().unwrap_err().contains("cid=2"));
+        assert!("p.img,ro".parse::<PmemSpec>().unwrap().read_only);
+        assert!("ro=on".parse::<PmemSpec>().is_err());
+    }
+
+    #[test]
+    fn memory_to_plug_needs_a_size() {
+        let spec: HotplugSpec = "4G,requested=1G".parse().unwrap();
+        assert_eq!((spec.most, spec.requested, spec.block), (4 << 30, 1 << 30, None));
+        assert!("requested=1G".parse::<HotplugSpec>().is_err());
+    }
+}
