@@ -260,4 +260,24 @@ mod tests {
         assert_eq!(of(23), [(KVM_IRQCHIP_IOAPIC, 23)]);
         assert_eq!(routes.len(), 40);
     }
+
+    #[test]
+    fn kvm_is_told_nothing_before_the_first_message_and_a_refusal_changes_nothing() {
+        let test = "kvm_is_told_nothing_before_the_first_message_and_a_refusal_changes_nothing";
+        if let Some(reason) = freestone_testkit::dev_kvm_usable().err() {
+            return freestone_testkit::skip(test, &reason);
+        }
+        // Without an interrupt controller KVM refuses every table and every irqfd.
+        let vm = Arc::new(kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap());
+        let msi = KvmMsi::new(&vm).unwrap();
+        let source = KvmMsiSource(Arc::clone(&msi));
+        let [route, other] = [source.route().unwrap(), source.route().unwrap()];
+        route.irq().trigger().unwrap();
+        route.set(None).unwrap();
+        drop(other);
+        route.set(Some(MESSAGE)).unwrap_err();
+        assert_eq!(msi.routes().messages, BTreeMap::from([(24, None)]));
+        assert!(msi.routes().told.is_empty());
+        route.set(None).unwrap();
+    }
 }

@@ -98,11 +98,13 @@ fn dirty_log_has_the_pages_the_guest_wrote_and_forgets_them() {
     machine.write(ENTRY, &[0xA2, 0x00, 0x50, 0xA2, 0xFE, 0x7F, 0xE6, 0x80, 0xA2, 0x00, 0x30, 0xF4]);
     let mut vcpu = machine.vcpu(0);
     let log = machine.vm.dirty_log().unwrap();
+    // A page that is only executed may count as written too: some processors' KVM maps it for writing at the first touch.
+    let written = || log.take(0).unwrap()[0] & !(1 << (ENTRY >> 12));
     assert!(matches!(vcpu.run().unwrap(), Exit::PioWrite { .. }));
-    assert_eq!(log.take(0).unwrap(), [1 << 5 | 1 << 7]);
-    assert_eq!(log.take(0).unwrap(), [0]);
+    assert_eq!(written(), 1 << 5 | 1 << 7);
+    assert_eq!(written(), 0);
     assert!(matches!(vcpu.run().unwrap(), Exit::Halt));
-    assert_eq!(log.take(0).unwrap(), [1 << 3]);
+    assert_eq!(written(), 1 << 3);
 }
 
 #[test]
