@@ -1,5 +1,4 @@
 //! Queues of every engine: the same results, none lost, and nothing touched after the end.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;
 
