@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use common::{bytes, folder, queue, wait_for_all};
 use freestone_block::{Engine, Op, RawOptions, Submitted};
-use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemBuilder, GuestMemoryBackend, MemorySlice};
+use freestone_memory::{
+    Bytes, DirtyPages, GuestAddress, GuestMem, GuestMemBuilder, GuestMemoryBackend, MemorySlice,
+};
 use proptest::prelude::*;
 
 /// Sectors of the image.
@@ -104,7 +106,7 @@ fn carry_out(script: &[Step], engine: Engine, direct: bool) -> Option<Outcome> {
         results.append(&mut wait_for_all(&mut *queue));
     }
     results.sort_by_key(|(tag, _)| *tag);
-    let dirty = mem.take_dirty().unwrap()[0].pages().collect();
+    let dirty = mem.take_dirty().unwrap().iter().flat_map(DirtyPages::pages).collect();
     drop(queue);
     Some(Outcome {
         results: results.into_iter().map(|(tag, result)| (tag, result.err().map(|e| e.kind()))).collect(),

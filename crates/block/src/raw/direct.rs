@@ -52,7 +52,9 @@ pub(super) fn write(
     bufs: &[MemorySlice<'_>],
     offset: u64,
 ) -> io::Result<()> {
-    let _guard = partial.lock().unwrap_or_else(PoisonError::into_inner);
+    let whole = offset.is_multiple_of(SECTOR_SIZE)
+        && bufs.iter().map(MemorySlice::len).sum::<usize>().is_multiple_of(ALIGN);
+    let _guard = (!whole).then(|| partial.lock().unwrap_or_else(PoisonError::into_inner));
     let mut cursor = Cursor { bufs, at: 0 };
     each_chunk(bufs, offset, |chunk, bounce| {
         let bytes = bounce.bytes(chunk.len);

@@ -36,7 +36,8 @@ pub struct RawOptions {
     /// Go around the host's page cache (`O_DIRECT`). Default: `false`.
     ///
     /// Requests whose buffers are not whole sectors of 512 bytes at addresses that are multiples of 512 work as well, but are
-    /// copied; a write of less than a sector also reads the sector first.
+    /// copied. A write of parts of sectors, which no guest makes, reads them first; another write to the same sectors
+    /// meanwhile may be lost.
     pub direct: bool,
 }
 
@@ -121,6 +122,9 @@ impl RawImage {
 
     /// The image in a file that is open already: a memfd, or a descriptor from another process. It must be open for
     /// reading, and for writing unless the options say read-only. `name` is for messages.
+    ///
+    /// Its status flags are set: `O_NONBLOCK` is taken away, and `O_DIRECT` is as the options say. Whoever shares the open file
+    /// shares them.
     ///
     /// # Errors
     /// As [`open`](Self::open), but for what opening itself can fail with.

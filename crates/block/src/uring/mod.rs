@@ -31,6 +31,7 @@ pub(crate) enum Policy {
 }
 
 /// Requests on a [`RawImage`] by io_uring(7): any number of them are submitted by one system call, and wait for nobody.
+/// Made by [`Image::open_queue`].
 ///
 /// The file is registered, so that the kernel need not look it up for each request. Guest memory is read and written in place,
 /// and stays mapped while a request has use of it, whatever becomes of the device, the queue or the machine: each request keeps the

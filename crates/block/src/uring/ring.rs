@@ -22,8 +22,14 @@ const GETEVENTS: u32 = 1;
 #[derive(Debug)]
 struct Slots(Vec<Slot>);
 
-// SAFETY: a slot's iovecs point into the memory that the slot's own view keeps mapped, or at a static. Neither belongs to a
-// thread, and nothing but the kernel follows the pointers.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    // All else in a slot but its iovecs.
+    is_send::<(Option<Request>, MemoryView)>();
+};
+
+// SAFETY: all in a slot is `Send` but its iovecs, see above. These point into memory that the slot's own view keeps mapped, or
+// at a static. Neither belongs to a thread, and nothing but the kernel follows the pointers.
 unsafe impl Send for Slots {}
 
 /// A ring for one file.
@@ -286,4 +292,24 @@ fn unsupported(error: io::Error) -> io::Error {
         _ => return error,
     };
     io::Error::new(io::ErrorKind::Unsupported, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_that_has_or_permits_no_io_uring_is_said_to() {
+        for (errno, word) in
+            [(libc::ENOSYS, "has no"), (libc::EPERM, "not permitted"), (libc::EACCES, "not permitted")]
+        {
+            let error = unsupported(io::Error::from_raw_os_error(errno));
+            assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+            assert!(error.to_string().contains(word), "{error}");
+        }
+        assert_eq!(
+            unsupported(io::Error::from_raw_os_error(libc::ENOMEM)).kind(),
+            io::ErrorKind::OutOfMemory
+        );
+    }
 }

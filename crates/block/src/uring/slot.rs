@@ -1,6 +1,8 @@
 //! [`Slot`]: a request that the kernel has, and how far it has got.
 //!
-//! A slot only describes memory; nothing here follows a pointer.
+//! A slot only describes memory; nothing here follows a pointer. But `ring` hands the pointers of [`Slot::entry`] to the kernel,
+//! and what makes that sound is here: every iovec is inside a region that the slot's own view keeps mapped, or is a block of
+//! zeroes that is only written from; and no method but `entry` is called while the kernel has them.
 
 use std::io;
 
@@ -243,4 +245,126 @@ fn region_of<'a>(map: &'a MemoryMap, iovec: &libc::iovec) -> Option<(&'a Region,
         let inside = offset.checked_add(iovec.iov_len).is_some_and(|end| end <= region.size());
         inside.then_some((region, offset))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use freestone_memory::{GuestAddress, GuestMem, GuestMemBuilder};
+
+    use super::*;
+
+    fn memory() -> GuestMem {
+        GuestMemBuilder::new(0x1_0000).dirty_log(true).build().unwrap()
+    }
+
+    /// A slot with a request on 0x1800 bytes from sector 8 on, in three buffers.
+    fn slot(mem: &GuestMem, work: Work) -> Slot {
+        let view = mem.view();
+        let bufs = [(0x1000, 0x800), (0x4000, 0x1000 - 0x200), (0x8000, 0x200)]
+            .map(|(at, len)| view.get_slice(GuestAddress(at), len).unwrap());
+        let mut slot = Slot::new();
+        let request = Request { tag: 5, work, offset: 4096, len: 0x1800 };
+        slot.set_buffers(request, &view, &bufs, 0).unwrap();
+        slot
+    }
+
+    fn lengths(slot: &Slot) -> Vec<usize> {
+        slot.iov[slot.first..].iter().map(|iovec| iovec.iov_len).collect()
+    }
+
+    fn dirty(mem: &GuestMem) -> Vec<u64> {
+        mem.take_dirty().unwrap()[0].pages().collect()
+    }
+
+    #[test]
+    fn short_transfer_goes_on_where_it_stopped() {
+        let mem = memory();
+        let mut slot = slot(&mem, Work::Read);
+        let start = slot.iov[1].iov_base.addr();
+        assert!(matches!(slot.complete(0x900), Step::Again));
+        assert_eq!(lengths(&slot), [0xD00, 0x200]);
+        assert_eq!(slot.iov[slot.first].iov_base.addr(), start + 0x100);
+        let request = slot.request.unwrap();
+        assert_eq!((request.offset, request.len), (4096 + 0x900, 0xF00));
+        assert_eq!(dirty(&mem), [0x1000, 0x4000]);
+        assert!(matches!(slot.complete(0xF00), Step::Done(Ok(()))));
+        assert_eq!(dirty(&mem), [0x4000, 0x8000]);
+        assert_eq!(slot.clear(), Some(5));
+    }
+
+    #[test]
+    fn transfer_of_nothing_is_the_end_of_the_file() {
+        let mem = memory();
+        for (work, kind) in
+            [(Work::Read, io::ErrorKind::UnexpectedEof), (Work::Write, io::ErrorKind::WriteZero)]
+        {
+            let Step::Done(Err(error)) = slot(&mem, work).complete(0) else { panic!("{work:?}") };
+            assert_eq!(error.kind(), kind);
+        }
+    }
+
+    #[test]
+    fn interrupted_requests_are_begun_again_but_not_for_ever() {
+        let mem = memory();
+        for errno in [libc::EINTR, libc::EAGAIN, libc::ECANCELED] {
+            let mut slot = slot(&mem, Work::Write);
+            for _ in 0..MAX_TRIES {
+                assert!(matches!(slot.complete(-errno), Step::Again));
+                assert_eq!(lengths(&slot), [0x800, 0xE00, 0x200]);
+            }
+            let Step::Done(Err(error)) = slot.complete(-errno) else { panic!("{errno}") };
+            assert_eq!(error.raw_os_error(), Some(errno));
+        }
+    }
+
+    #[test]
+    fn read_that_fails_counts_as_having_filled_its_buffers() {
+        let mem = memory();
+        let step = slot(&mem, Work::Read).complete(-libc::EIO);
+        assert!(matches!(step, Step::Done(Err(_))));
+        assert_eq!(dirty(&mem), [0x1000, 0x4000, 0x8000]);
+        slot(&mem, Work::Write).complete(-libc::EIO);
+        assert!(dirty(&mem).is_empty());
+    }
+
+    #[test]
+    fn zeroes_are_written_where_the_host_has_no_other_way() {
+        let mut slot = Slot::new();
+        let len = 2 * 1024 * 1024 + 512;
+        slot.set(Request { tag: 1, work: Work::Zero(Zeroing::Punch), offset: 512, len });
+        assert!(slot.iov.is_empty());
+        assert!(matches!(slot.complete(-libc::EOPNOTSUPP), Step::Again));
+        assert!(slot.iov.is_empty());
+        assert!(matches!(slot.complete(-libc::EOPNOTSUPP), Step::Again));
+        assert_eq!(lengths(&slot).iter().sum::<usize>(), 1 << 20);
+        assert!(matches!(slot.complete(1 << 20), Step::Again));
+        assert!(matches!(slot.complete((1 << 20) - 512), Step::Again));
+        assert_eq!(lengths(&slot), [1024]);
+        assert_eq!(slot.request.unwrap().offset, 2 * 1024 * 1024);
+        assert!(matches!(slot.complete(1024), Step::Done(Ok(()))));
+    }
+
+    #[test]
+    fn full_disk_is_no_reason_to_try_another_way() {
+        let mut slot = Slot::new();
+        slot.set(Request { tag: 1, work: Work::Zero(Zeroing::Range), offset: 0, len: 512 });
+        let Step::Done(Err(error)) = slot.complete(-libc::ENOSPC) else { panic!() };
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn buffer_that_reaches_out_of_its_region_is_refused() {
+        let mem = memory();
+        let view = mem.view();
+        let region = &mem.regions()[0];
+        let base = region.as_ptr();
+        let inside = |offset: usize, len| {
+            let iovec = libc::iovec { iov_base: base.wrapping_add(offset).cast(), iov_len: len };
+            region_of(&view, &iovec).is_some()
+        };
+        assert!(inside(0, 0x1_0000) && inside(0xFFFF, 1) && inside(0x1_0000, 0));
+        assert!(
+            !inside(0xFFFF, 2) && !inside(0x1_0000, 1) && !inside(usize::MAX, 1) && !inside(1, usize::MAX)
+        );
+    }
 }
