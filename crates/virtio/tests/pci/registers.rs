@@ -146,6 +146,9 @@ fn the_interrupt_status_is_cleared_by_reading_it() {
     assert_eq!(read(&machine, registers::ISR, 1), Ok(1));
     assert_eq!(read(&machine, registers::ISR, 1), Ok(0));
     assert_eq!(write(&machine, registers::ISR, &[1]), Err(AccessError::NoRegister));
+    assert!(machine.request(&mut queues[0], 0));
+    machine.driver.reset().unwrap();
+    assert_eq!(read(&machine, registers::ISR, 1), Ok(0), "a reset clears it as well");
     for (offset, width) in [(0, 2), (0, 4), (1, 1)] {
         assert!(read(&machine, registers::ISR + offset, width).is_err());
     }
