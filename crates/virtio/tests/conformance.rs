@@ -1,4 +1,4 @@
-//! The checks that every virtio-mmio device must pass, with a driver that was written from the specification alone.
+//! The checks that every virtio device must pass on both transports, with a driver that was written from the specification alone.
 
 #![cfg(feature = "blk")]
 
@@ -8,16 +8,25 @@ use std::time::Duration;
 
 use common::TestImage;
 use freestone_bus::Plug;
-use freestone_virtio::{Block, BlockConfig, VirtioMmioPlug};
+use freestone_virtio::{Block, BlockConfig, Transport};
 
-fn disk(read_only: bool, poll: Duration) -> Box<dyn Plug> {
+fn disk(transport: Transport, read_only: bool, poll: Duration) -> Box<dyn Plug> {
     let device = Block::new(TestImage::with(128, read_only), BlockConfig::new().poll(poll));
-    Box::new(VirtioMmioPlug::new(device, "disk"))
+    freestone_virtio::plug(transport, device, "disk")
 }
 
-freestone_testkit::virtio_mmio_conformance!(blk, || super::disk(false, super::Duration::ZERO));
-freestone_testkit::virtio_mmio_conformance!(blk_read_only, || super::disk(true, super::Duration::ZERO));
-freestone_testkit::virtio_mmio_conformance!(blk_polling, || super::disk(
-    false,
-    super::Duration::from_micros(10)
-));
+freestone_testkit::virtio_conformance!(
+    blk,
+    mmio: || crate::disk(crate::Transport::Mmio, false, crate::Duration::ZERO),
+    pci: || crate::disk(crate::Transport::Pci, false, crate::Duration::ZERO),
+);
+freestone_testkit::virtio_conformance!(
+    blk_read_only,
+    mmio: || crate::disk(crate::Transport::Mmio, true, crate::Duration::ZERO),
+    pci: || crate::disk(crate::Transport::Pci, true, crate::Duration::ZERO),
+);
+freestone_testkit::virtio_conformance!(
+    blk_polling,
+    mmio: || crate::disk(crate::Transport::Mmio, false, crate::Duration::from_micros(10)),
+    pci: || crate::disk(crate::Transport::Pci, false, crate::Duration::from_micros(10)),
+);

@@ -1,15 +1,46 @@
 //! The driver's side of virtio 1.2, written from the specification and from nothing else: what a guest would do, well-behaved
 //! or not.
 //!
-//! [`DriverQueue`] lays a split virtqueue out in guest memory and uses it. [`MmioDriver`] finds, negotiates and configures a
-//! device behind the virtio-mmio registers. Neither checks what a hostile test asks of it: every field of the rings and
-//! every register can be written with anything.
+//! [`DriverQueue`] lays a virtqueue out in guest memory and uses it. [`VirtioDriver`] finds, negotiates and configures a device,
+//! behind the virtio-mmio registers ([`MmioDriver`]) or as a function of PCI ([`PciDriver`]). Neither checks what a hostile test
+//! asks of it: every field of the rings and every register can be written with anything.
 
 mod mmio;
+mod pci;
 mod queue;
+mod transport;
 
-pub use mmio::{MmioDriver, regs, status};
+pub use mmio::{MmioDriver, MmioRegisters, regs};
+pub use pci::{PciDriver, PciPart, PciRegisters, common};
 pub use queue::{Arena, Buffer, Desc, DriverQueue, Used, desc_flags};
+pub use transport::{DriverTransport, Registers, VirtioDriver};
+
+/// A part of a queue, as registers name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QueuePart {
+    /// The descriptors.
+    Descriptors,
+    /// What the driver writes: the avail ring.
+    Driver,
+    /// What the device writes: the used ring.
+    Device,
+}
+
+/// Bits of the device status (2.1).
+pub mod status {
+    /// The guest has seen the device.
+    pub const ACKNOWLEDGE: u32 = 1;
+    /// The guest has a driver for it.
+    pub const DRIVER: u32 = 2;
+    /// The driver is set up.
+    pub const DRIVER_OK: u32 = 4;
+    /// The features are agreed on.
+    pub const FEATURES_OK: u32 = 8;
+    /// The device cannot go on before a reset.
+    pub const NEEDS_RESET: u32 = 64;
+    /// The driver has given up.
+    pub const FAILED: u32 = 128;
+}
 
 /// Feature bits that belong to the queues and the transport (virtio 1.2, section 6).
 pub mod features {

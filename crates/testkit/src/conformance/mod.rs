@@ -1,9 +1,11 @@
-//! Checks that every virtio device behind virtio-mmio must pass, whatever it is: negotiation, configuration space, queue limits,
-//! reset, pause and resume, hostile chains.
+//! Checks that every virtio device must pass, whatever it is, behind virtio-mmio and on PCI: negotiation, configuration space,
+//! queue limits, reset, pause and resume, hostile chains; and on PCI what a guest can do to a function.
 //!
 //! What a device does with a good request is for its own tests. Each check makes a fresh device, so they can run alone:
-//! [`virtio_mmio`] runs all of them, and the macro [`virtio_mmio_conformance!`](crate::virtio_mmio_conformance) makes a test
-//! of each.
+//! [`virtio_mmio`] and [`virtio_pci`] run all of them, and the macro [`virtio_conformance!`](crate::virtio_conformance) makes a
+//! test of each.
+
+pub mod pci;
 
 use std::sync::Arc;
 
@@ -11,7 +13,10 @@ use freestone_bus::{Device, IoDevice, Plug};
 use freestone_memory::GuestMem;
 use freestone_memory::layout::HOLE_START;
 
-use crate::driver::{Arena, DriverQueue, MmioDriver, features, regs, status};
+use crate::driver::{
+    Arena, DriverQueue, DriverTransport, MmioRegisters, PciRegisters, QueuePart, VirtioDriver, features,
+    status,
+};
 use crate::hostile::{Hostile, Source};
 use crate::{Error, Result, TestWiring};
 
@@ -24,23 +29,43 @@ const MAX_TURNS: usize = 1000;
 
 /// A device that is plugged in, with a driver for it.
 #[derive(Debug)]
-pub struct Bench {
+pub struct Bench<T: DriverTransport = MmioRegisters> {
     /// The machine.
     pub wiring: TestWiring,
     /// The device.
     pub device: Box<dyn Device>,
     /// Its driver.
-    pub driver: MmioDriver,
+    pub driver: VirtioDriver<T>,
     /// Memory for queues and buffers.
     pub arena: Arena,
 }
 
 impl Bench {
-    /// Plugs a device into a fresh machine; it must claim one range of guest-physical addresses.
+    /// Plugs a device into a fresh machine; it must claim one range of guest-physical addresses for virtio-mmio registers.
     ///
     /// # Errors
     /// [`Error::Plug`] if it refuses, [`Error::Protocol`] if it claims no addresses.
     pub fn new(device: Box<dyn Plug>) -> Result<Self> {
+        Self::on(device)
+    }
+}
+
+impl Bench<PciRegisters> {
+    /// Plugs a device into a fresh machine with a PCI segment, which it must join.
+    ///
+    /// # Errors
+    /// [`Error::Plug`] if it refuses, [`Error::Protocol`] if no virtio function is found afterwards.
+    pub fn pci(device: Box<dyn Plug>) -> Result<Self> {
+        Self::on(device)
+    }
+}
+
+impl<T: DriverTransport> Bench<T> {
+    /// Plugs a device into a fresh machine, behind any transport.
+    ///
+    /// # Errors
+    /// [`Error::Plug`] if it refuses, [`Error::Protocol`] if it is not found afterwards.
+    pub fn on(device: Box<dyn Plug>) -> Result<Self> {
         let memory = GuestMem::anonymous(MEMORY).map_err(|e| {
             Error::Plug(freestone_bus::Error::Io {
                 op: "make guest memory for the test",
@@ -48,11 +73,10 @@ impl Bench {
             })
         })?;
         let mut wiring = TestWiring::new(memory);
+        T::prepare(&mut wiring)?;
         let device = device.plug(&mut wiring).map_err(Error::Plug)?;
-        let registers = wiring.mmio_device(0);
-        let registers =
-            registers.ok_or_else(|| Error::protocol("registers", "4.2.2", "no MMIO range was claimed"))?;
-        Ok(Self { wiring, device, driver: MmioDriver::new(registers), arena: Arena::new(0x1_0000, MEMORY) })
+        let driver = VirtioDriver::on(T::find(&wiring)?);
+        Ok(Self { wiring, device, driver, arena: Arena::new(0x1_0000, MEMORY) })
     }
 
     /// Guest memory.
@@ -103,12 +127,16 @@ impl Bench {
     /// # Errors
     /// Whatever the device does not do.
     pub fn recovers(&mut self) -> Result<()> {
+        self.driver.transport().restore()?;
         self.driver.reset()?;
         self.arena = Arena::new(0x1_0000, MEMORY);
         self.start(!features::RING_PACKED)?;
         self.settle()
     }
 }
+
+/// Makes a fresh device.
+pub type Make<'a> = &'a dyn Fn() -> Box<dyn Plug>;
 
 fn ensure(
     holds: bool,
@@ -119,12 +147,12 @@ fn ensure(
     if holds { Ok(()) } else { Err(Error::protocol(what, section, detail())) }
 }
 
-/// The device is found: magic value, version, ID, a status of 0, `VIRTIO_F_VERSION_1`.
+/// The device is found: what its transport says of itself, a status of 0, `VIRTIO_F_VERSION_1`.
 ///
 /// # Errors
 /// [`Error::Protocol`].
-pub fn is_found(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
-    let bench = Bench::new(make())?;
+pub fn is_found<T: DriverTransport>(make: Make<'_>) -> Result<()> {
+    let bench = Bench::<T>::on(make())?;
     bench.driver.probe()?;
     let now = bench.driver.status()?;
     ensure(now == 0, "status before the driver", "2.1", || format!("{now:#x}"))?;
@@ -139,15 +167,14 @@ pub fn is_found(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Protocol`].
-pub fn negotiates_features(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
-    let mut bench = Bench::new(make())?;
+pub fn negotiates_features<T: DriverTransport>(make: Make<'_>) -> Result<()> {
+    let mut bench = Bench::<T>::on(make())?;
     let all = bench.all_features()?;
     for wanted in [all, 0] {
         bench.driver.negotiate(wanted)?;
     }
     for selector in [2, 3, u32::MAX] {
-        bench.driver.write(regs::DEVICE_FEATURES_SEL, selector)?;
-        let bits = bench.driver.read(regs::DEVICE_FEATURES)?;
+        let bits = bench.driver.transport().device_features(selector)?;
         ensure(bits == 0, "features beyond 64", "2.2", || format!("selector {selector:#x} gives {bits:#x}"))?;
     }
     let offered = bench.driver.device_features()?;
@@ -168,10 +195,11 @@ pub fn negotiates_features(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Protocol`].
-pub fn survives_config_accesses(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
-    let mut bench = Bench::new(make())?;
+pub fn survives_config_accesses<T: DriverTransport>(make: Make<'_>) -> Result<()> {
+    let mut bench = Bench::<T>::on(make())?;
     bench.start(!features::RING_PACKED)?;
-    storm(bench.driver.device(), regs::CONFIG, 0x1100);
+    let (device, range) = bench.driver.transport().config_range();
+    storm(&device, range.start, range.end);
     bench.settle()?;
     bench.recovers()
 }
@@ -180,18 +208,17 @@ pub fn survives_config_accesses(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> 
 ///
 /// # Errors
 /// [`Error::Protocol`].
-pub fn survives_register_accesses(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
-    let mut bench = Bench::new(make())?;
-    storm(bench.driver.device(), 0, regs::CONFIG);
+pub fn survives_register_accesses<T: DriverTransport>(make: Make<'_>) -> Result<()> {
+    let mut bench = Bench::<T>::on(make())?;
+    for (device, range) in bench.driver.transport().register_ranges() {
+        storm(&device, range.start, range.end);
+    }
     bench.settle()?;
     bench.recovers()?;
-    // Words with arbitrary values, in an order that the specification does not foresee.
+    // Arbitrary values, in an order that the specification does not foresee.
     let mut source = Source::seed(11);
     for _ in 0..4000 {
-        let offset = source.below(0x40) * 4;
-        let value = if source.below(2) == 0 { source.next_u32() } else { source.next_u32() & 0xff };
-        // Refusing is as good as taking.
-        let _refused = bench.driver.write(offset, value).and_then(|()| bench.driver.read(offset));
+        bench.driver.transport().scribble(&mut source);
     }
     bench.settle()?;
     bench.recovers()
@@ -213,8 +240,8 @@ fn storm(device: &Arc<dyn IoDevice>, from: u64, to: u64) {
 ///
 /// # Errors
 /// [`Error::Protocol`].
-pub fn keeps_queue_limits(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
-    let mut bench = Bench::new(make())?;
+pub fn keeps_queue_limits<T: DriverTransport>(make: Make<'_>) -> Result<()> {
+    let mut bench = Bench::<T>::on(make())?;
     let count = bench.driver.queue_count()?;
     for index in 0..count {
         let max = bench.driver.queue_max(index)?;
@@ -225,9 +252,10 @@ pub fn keeps_queue_limits(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
         let max = bench.driver.queue_max(index)?;
         ensure(max == 0, "missing queue", "4.2.2", || format!("queue {index} has {max} descriptors"))?;
         // No queue is selected: these must go nowhere.
-        for register in [regs::QUEUE_NUM, regs::QUEUE_READY, regs::QUEUE_DESC_LOW] {
-            let _refused = bench.driver.write(register, 1);
-        }
+        let transport = bench.driver.transport();
+        let _refused = transport.set_queue_size(index, 1);
+        let _refused = transport.set_queue_address(index, QueuePart::Descriptors, 1);
+        let _refused = transport.set_queue_live(index);
         let _refused = bench.driver.kick(index);
     }
     let max = bench.driver.queue_max(0)?;
@@ -235,11 +263,9 @@ pub fn keeps_queue_limits(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
         bench.driver.negotiate(0)?;
         let mut arena = bench.arena.clone();
         let queue = DriverQueue::new(&bench.memory(), &mut arena, QUEUE_SIZE)?;
-        bench.driver.enable_queue(0, &queue).and_then(|()| {
-            bench.driver.write(regs::QUEUE_READY, 0)?;
-            bench.driver.write(regs::QUEUE_NUM, size)?;
-            bench.driver.write(regs::QUEUE_READY, 1)
-        })?;
+        bench.driver.describe_queue(0, &queue)?;
+        bench.driver.transport().set_queue_size(0, size)?;
+        bench.driver.transport().set_queue_live(0)?;
         let _status = bench.driver.add_status(status::DRIVER_OK);
         bench.driver.kick(0)?;
         bench.settle()?;
@@ -251,20 +277,17 @@ pub fn keeps_queue_limits(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Protocol`].
-pub fn survives_bad_queue_addresses(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
-    let mut bench = Bench::new(make())?;
+pub fn survives_bad_queue_addresses<T: DriverTransport>(make: Make<'_>) -> Result<()> {
+    let mut bench = Bench::<T>::on(make())?;
     let bad = [0, 1, 0xfff, MEMORY - 1, MEMORY, HOLE_START, u64::from(u32::MAX), u64::MAX, u64::MAX - 0xfff];
-    for register in [regs::QUEUE_DESC_LOW, regs::QUEUE_DRIVER_LOW, regs::QUEUE_DEVICE_LOW] {
+    for part in [QueuePart::Descriptors, QueuePart::Driver, QueuePart::Device] {
         for gpa in bad {
             bench.arena = Arena::new(0x1_0000, MEMORY);
             bench.driver.negotiate(0)?;
             let queue = DriverQueue::new(&bench.memory(), &mut bench.arena, QUEUE_SIZE)?;
-            bench.driver.enable_queue(0, &queue)?;
-            bench.driver.write(regs::QUEUE_READY, 0)?;
-            let [a, b, c, d, e, f, g, h] = gpa.to_le_bytes();
-            bench.driver.write(register, u32::from_le_bytes([a, b, c, d]))?;
-            bench.driver.write(register + 4, u32::from_le_bytes([e, f, g, h]))?;
-            bench.driver.write(regs::QUEUE_READY, 1)?;
+            bench.driver.describe_queue(0, &queue)?;
+            bench.driver.transport().set_queue_address(0, part, gpa)?;
+            bench.driver.transport().set_queue_live(0)?;
             // The device may refuse here, or say later that it needs a reset.
             let _status = bench.driver.add_status(status::DRIVER_OK);
             bench.driver.kick(0)?;
@@ -278,8 +301,8 @@ pub fn survives_bad_queue_addresses(make: &dyn Fn() -> Box<dyn Plug>) -> Result<
 ///
 /// # Errors
 /// [`Error::Protocol`].
-pub fn resets(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
-    let mut bench = Bench::new(make())?;
+pub fn resets<T: DriverTransport>(make: Make<'_>) -> Result<()> {
+    let mut bench = Bench::<T>::on(make())?;
     // Before anything was set up.
     bench.driver.reset()?;
     bench.driver.negotiate(0)?;
@@ -290,12 +313,11 @@ pub fn resets(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
             bench.driver.kick(u16::try_from(index).unwrap_or(0))?;
         }
         bench.driver.reset()?;
-        let why = bench.driver.read(regs::INTERRUPT_STATUS)?;
+        let why = bench.driver.take_interrupt()?;
         ensure(why == 0, "interrupt status after reset", "4.2.2.1", || format!("{why:#x}"))?;
         for index in 0..queues.len() {
-            bench.driver.write(regs::QUEUE_SEL, u32::try_from(index).unwrap_or(0))?;
-            let ready = bench.driver.read(regs::QUEUE_READY)?;
-            ensure(ready == 0, "queue after reset", "4.2.2.1", || format!("queue {index} is still live"))?;
+            let live = bench.driver.transport().queue_is_live(u16::try_from(index).unwrap_or(0))?;
+            ensure(!live, "queue after reset", "4.2.2.1", || format!("queue {index} is still live"))?;
             // A kick of a queue that is not live.
             bench.driver.kick(u16::try_from(index).unwrap_or(0))?;
         }
@@ -308,8 +330,8 @@ pub fn resets(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Lifecycle`] or [`Error::Protocol`].
-pub fn pauses_and_resumes(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
-    let mut bench = Bench::new(make())?;
+pub fn pauses_and_resumes<T: DriverTransport>(make: Make<'_>) -> Result<()> {
+    let mut bench = Bench::<T>::on(make())?;
     // A device that no driver has touched.
     lifecycle(&mut bench, "pause", |d| d.pause())?;
     lifecycle(&mut bench, "resume", |d| d.resume())?;
@@ -324,19 +346,16 @@ pub fn pauses_and_resumes(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
         let now = bench.driver.status()?;
         ensure(now == before, "status after resume", "2.1", || format!("{now:#x} and not {before:#x}"))?;
         for index in 0..queues.len() {
-            bench.driver.write(regs::QUEUE_SEL, u32::try_from(index).unwrap_or(0))?;
-            let ready = bench.driver.read(regs::QUEUE_READY)?;
-            ensure(ready == 1, "queue after resume", "2.7", || {
-                format!("queue {index} is not live any more")
-            })?;
+            let live = bench.driver.transport().queue_is_live(u16::try_from(index).unwrap_or(0))?;
+            ensure(live, "queue after resume", "2.7", || format!("queue {index} is not live any more"))?;
         }
     }
     bench.recovers()?;
     lifecycle(&mut bench, "shutdown", |d| d.shutdown())
 }
 
-fn lifecycle(
-    bench: &mut Bench,
+fn lifecycle<T: DriverTransport>(
+    bench: &mut Bench<T>,
     op: &'static str,
     act: impl FnOnce(&mut dyn Device) -> freestone_bus::Result<()>,
 ) -> Result<()> {
@@ -348,8 +367,8 @@ fn lifecycle(
 ///
 /// # Errors
 /// [`Error::Protocol`].
-pub fn survives_hostile_chains(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
-    let mut bench = Bench::new(make())?;
+pub fn survives_hostile_chains<T: DriverTransport>(make: Make<'_>) -> Result<()> {
+    let mut bench = Bench::<T>::on(make())?;
     let count = bench.driver.queue_count()?;
     let all = bench.all_features()?;
     for wanted in [all, 0] {
@@ -370,20 +389,32 @@ pub fn survives_hostile_chains(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
 }
 
 /// One check: its name, and what runs it.
-pub type Check = (&'static str, fn(&dyn Fn() -> Box<dyn Plug>) -> Result<()>);
+pub type Check = (&'static str, fn(Make<'_>) -> Result<()>);
 
-/// All checks.
-pub const CHECKS: &[Check] = &[
-    ("is_found", is_found),
-    ("negotiates_features", negotiates_features),
-    ("survives_config_accesses", survives_config_accesses),
-    ("survives_register_accesses", survives_register_accesses),
-    ("keeps_queue_limits", keeps_queue_limits),
-    ("survives_bad_queue_addresses", survives_bad_queue_addresses),
-    ("resets", resets),
-    ("pauses_and_resumes", pauses_and_resumes),
-    ("survives_hostile_chains", survives_hostile_chains),
-];
+/// The checks of all transports, on one of them, and those of its own.
+macro_rules! checks {
+    ($transport:ty, $($own:ident)*) => {
+        checks!(
+            @list $transport,
+            is_found negotiates_features survives_config_accesses survives_register_accesses keeps_queue_limits
+            survives_bad_queue_addresses resets pauses_and_resumes survives_hostile_chains;
+            $($own)*
+        )
+    };
+    (@list $transport:ty, $($check:ident)*; $($own:ident)*) => {
+        &[$((stringify!($check), $check::<$transport>),)* $((stringify!($own), pci::$own),)*]
+    };
+}
+
+/// All checks of a virtio-mmio device.
+pub const CHECKS: &[Check] = checks!(MmioRegisters,);
+
+/// All checks of a virtio device on PCI.
+pub const PCI_CHECKS: &[Check] = checks!(
+    PciRegisters,
+    describes_itself survives_function_accesses follows_its_bar survives_vector_accesses
+    maps_events_to_vectors delivers_what_waited_behind_a_mask opens_a_window
+);
 
 /// Runs all [`CHECKS`] on devices that `make` makes.
 ///
@@ -393,7 +424,15 @@ pub fn virtio_mmio(make: impl Fn() -> Box<dyn Plug>) -> Result<()> {
     CHECKS.iter().try_for_each(|(_, check)| check(&make))
 }
 
-/// Makes a test of each of the [`conformance`](crate::conformance) checks, in a module of the given name.
+/// Runs all [`PCI_CHECKS`] on devices that `make` makes.
+///
+/// # Errors
+/// That of the first check that fails.
+pub fn virtio_pci(make: impl Fn() -> Box<dyn Plug>) -> Result<()> {
+    PCI_CHECKS.iter().try_for_each(|(_, check)| check(&make))
+}
+
+/// Makes a test of each of the [`conformance`](crate::conformance) checks of a virtio-mmio device, in a module of the given name.
 ///
 /// ```
 /// # use freestone_bus::{Device, Plug, Wiring};
@@ -410,23 +449,84 @@ pub fn virtio_mmio(make: impl Fn() -> Box<dyn Plug>) -> Result<()> {
 #[macro_export]
 macro_rules! virtio_mmio_conformance {
     ($name:ident, $make:expr) => {
-        $crate::virtio_mmio_conformance!(
-            @tests $name, $make,
+        #[cfg(test)]
+        mod $name {
+            $crate::virtio_conformance!(@common $make, MmioRegisters);
+        }
+    };
+}
+
+/// As [`virtio_mmio_conformance!`](crate::virtio_mmio_conformance), for a virtio device on PCI.
+#[macro_export]
+macro_rules! virtio_pci_conformance {
+    ($name:ident, $make:expr) => {
+        #[cfg(test)]
+        mod $name {
+            $crate::virtio_conformance!(@common $make, PciRegisters);
+            $crate::virtio_conformance!(
+                @pci $make,
+                describes_itself survives_function_accesses follows_its_bar survives_vector_accesses
+                maps_events_to_vectors delivers_what_waited_behind_a_mask opens_a_window
+            );
+        }
+    };
+}
+
+/// Makes a test of each of the [`conformance`](crate::conformance) checks on both transports, in the modules `mmio` and `pci` of a
+/// module of the given name. The two expressions make the same device for each transport.
+///
+/// ```
+/// # use freestone_bus::{Device, Plug, Wiring};
+/// # struct MyDevice(bool);
+/// # impl Plug for MyDevice {
+/// #     fn plug(self: Box<Self>, _: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> { Ok(self) }
+/// # }
+/// # impl Device for MyDevice {
+/// #     fn name(&self) -> &str { "mine" }
+/// # }
+/// use freestone_bus as bus;
+///
+/// fn make(on_pci: bool) -> Box<dyn bus::Plug> {
+///     Box::new(MyDevice(on_pci))
+/// }
+///
+/// freestone_testkit::virtio_conformance!(my_device, mmio: || crate::make(false), pci: || crate::make(true));
+/// # fn main() {}
+/// ```
+#[macro_export]
+macro_rules! virtio_conformance {
+    ($name:ident, mmio: $mmio:expr, pci: $pci:expr $(,)?) => {
+        #[cfg(test)]
+        mod $name {
+            $crate::virtio_mmio_conformance!(mmio, $mmio);
+            $crate::virtio_pci_conformance!(pci, $pci);
+        }
+    };
+    (@common $make:expr, $transport:ident) => {
+        $crate::virtio_conformance!(
+            @each $make, $transport,
             is_found negotiates_features survives_config_accesses survives_register_accesses keeps_queue_limits
             survives_bad_queue_addresses resets pauses_and_resumes survives_hostile_chains
         );
     };
-    (@tests $name:ident, $make:expr, $($check:ident)*) => {
-        #[cfg(test)]
-        mod $name {
-            $(
-                #[test]
-                fn $check() {
-                    if let Err(error) = $crate::conformance::$check(&$make) {
-                        panic!("{error} ({error:?})");
-                    }
+    (@each $make:expr, $transport:ident, $($check:ident)*) => {
+        $(
+            #[test]
+            fn $check() {
+                if let Err(error) = $crate::conformance::$check::<$crate::driver::$transport>(&$make) {
+                    panic!("{error} ({error:?})");
                 }
-            )*
-        }
+            }
+        )*
+    };
+    (@pci $make:expr, $($check:ident)*) => {
+        $(
+            #[test]
+            fn $check() {
+                if let Err(error) = $crate::conformance::pci::$check(&$make) {
+                    panic!("{error} ({error:?})");
+                }
+            }
+        )*
     };
 }
