@@ -75,12 +75,25 @@ impl Bench {
         Ok(queues)
     }
 
-    /// The device's features without those of formats that the driver side here does not speak.
+    /// All of the device's features.
     ///
     /// # Errors
     /// [`Error::Register`].
     pub fn all_features(&self) -> Result<u64> {
-        Ok(self.driver.device_features()? & !features::RING_PACKED)
+        self.driver.device_features()
+    }
+
+    /// As many features and as few as possible, with split rings, and with packed ones if the device has them.
+    ///
+    /// # Errors
+    /// [`Error::Register`].
+    pub fn ring_features(&self) -> Result<Vec<u64>> {
+        let all = self.all_features()?;
+        let mut sets = vec![all & !features::RING_PACKED, 0];
+        if all & features::RING_PACKED != 0 {
+            sets.extend([all, features::RING_PACKED]);
+        }
+        Ok(sets)
     }
 
     /// Lets the device work until it has nothing to do.
@@ -105,7 +118,7 @@ impl Bench {
     pub fn recovers(&mut self) -> Result<()> {
         self.driver.reset()?;
         self.arena = Arena::new(0x1_0000, MEMORY);
-        self.start(!features::RING_PACKED)?;
+        self.start(u64::MAX)?;
         self.settle()
     }
 }
@@ -141,8 +154,7 @@ pub fn is_found(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
 /// [`Error::Protocol`].
 pub fn negotiates_features(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
     let mut bench = Bench::new(make())?;
-    let all = bench.all_features()?;
-    for wanted in [all, 0] {
+    for wanted in bench.ring_features()? {
         bench.driver.negotiate(wanted)?;
     }
     for selector in [2, 3, u32::MAX] {
@@ -170,7 +182,7 @@ pub fn negotiates_features(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
 /// [`Error::Protocol`].
 pub fn survives_config_accesses(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
     let mut bench = Bench::new(make())?;
-    bench.start(!features::RING_PACKED)?;
+    bench.start(u64::MAX)?;
     storm(bench.driver.device(), regs::CONFIG, 0x1100);
     bench.settle()?;
     bench.recovers()
@@ -284,8 +296,8 @@ pub fn resets(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
     bench.driver.reset()?;
     bench.driver.negotiate(0)?;
     bench.driver.reset()?;
-    for _ in 0..3 {
-        let queues = bench.start(!features::RING_PACKED)?;
+    for wanted in bench.ring_features()?.repeat(2) {
+        let queues = bench.start(wanted)?;
         for index in 0..queues.len() {
             bench.driver.kick(u16::try_from(index).unwrap_or(0))?;
         }
@@ -313,7 +325,7 @@ pub fn pauses_and_resumes(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
     // A device that no driver has touched.
     lifecycle(&mut bench, "pause", |d| d.pause())?;
     lifecycle(&mut bench, "resume", |d| d.resume())?;
-    let queues = bench.start(!features::RING_PACKED)?;
+    let queues = bench.start(u64::MAX)?;
     let before = bench.driver.status()?;
     for _ in 0..2 {
         lifecycle(&mut bench, "pause", |d| d.pause())?;
@@ -351,8 +363,7 @@ fn lifecycle(
 pub fn survives_hostile_chains(make: &dyn Fn() -> Box<dyn Plug>) -> Result<()> {
     let mut bench = Bench::new(make())?;
     let count = bench.driver.queue_count()?;
-    let all = bench.all_features()?;
-    for wanted in [all, 0] {
+    for wanted in bench.ring_features()? {
         for (seed, case) in (0..).zip(Hostile::ALL) {
             for index in 0..count {
                 bench.arena = Arena::new(0x1_0000, MEMORY);

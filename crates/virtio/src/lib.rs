@@ -38,7 +38,8 @@ pub use device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, W
 pub use error::{Error, Result};
 pub use mmio::{MmioTransport, MmioWiring, VirtioMmioPlug};
 pub use queue::{
-    AttachedQueue, Chain, ChainBuffers, QueueConfig, QueueState, RingPosition, RingState, SpareBuffers, VirtQueue,
+    AttachedQueue, Chain, ChainBuffers, QueueConfig, QueueState, RingPosition, RingState, SpareBuffers,
+    VirtQueue,
 };
 pub use stats::{DeviceStats, Latencies, QueueCounts, QueueStats};
 pub use transport::{DeviceCore, Kicks, TransportOps};

@@ -58,7 +58,11 @@ pub(crate) struct Histogram {
 
 impl Default for Histogram {
     fn default() -> Self {
-        Self { buckets: [const { AtomicU64::new(0) }; BUCKETS], sum: AtomicU64::new(0), max: AtomicU64::new(0) }
+        Self {
+            buckets: [const { AtomicU64::new(0) }; BUCKETS],
+            sum: AtomicU64::new(0),
+            max: AtomicU64::new(0),
+        }
     }
 }
 
@@ -77,7 +81,11 @@ impl Histogram {
 
     fn snapshot(&self) -> Latencies {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Latencies { buckets: self.buckets.iter().map(get).collect(), sum: get(&self.sum), max: get(&self.max) }
+        Latencies {
+            buckets: self.buckets.iter().map(get).collect(),
+            sum: get(&self.sum),
+            max: get(&self.max),
+        }
     }
 }
 
@@ -275,7 +283,8 @@ impl QueueCounts {
 
 impl fmt::Display for QueueCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { requests, completed, bytes_in, bytes_out, notifications, interrupts, suppressed, .. } = self;
+        let Self { requests, completed, bytes_in, bytes_out, notifications, interrupts, suppressed, .. } =
+            self;
         write!(
             f,
             "{requests} requests ({completed} completed, {bytes_in} bytes in, {bytes_out} out), {notifications} kicks, \

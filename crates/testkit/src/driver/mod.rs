@@ -1,14 +1,16 @@
 //! The driver's side of virtio 1.2, written from the specification and from nothing else: what a guest would do, well-behaved
 //! or not.
 //!
-//! [`DriverQueue`] lays a split virtqueue out in guest memory and uses it. [`MmioDriver`] finds, negotiates and configures a
+//! [`DriverQueue`] lays a virtqueue of either format out in guest memory and uses it. [`MmioDriver`] finds, negotiates and configures a
 //! device behind the virtio-mmio registers. Neither checks what a hostile test asks of it: every field of the rings and
 //! every register can be written with anything.
 
 mod mmio;
+mod packed;
 mod queue;
 
 pub use mmio::{MmioDriver, regs, status};
+pub use packed::{packed_event, packed_flags};
 pub use queue::{Arena, Buffer, Desc, DriverQueue, Used, desc_flags};
 
 /// Feature bits that belong to the queues and the transport (virtio 1.2, section 6).

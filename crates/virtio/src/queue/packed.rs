@@ -114,7 +114,8 @@ pub(super) fn check(limits: &Limits) -> Result<()> {
     if config.size == 0 || config.size > max_size.min(MAX_SIZE) {
         return Err(Error::QueueSize { size: config.size, max: max_size });
     }
-    for ((part, addr, _), align) in layout(&config).into_iter().zip([DESCRIPTOR_SIZE, EVENT_SIZE, EVENT_SIZE]) {
+    for ((part, addr, _), align) in layout(&config).into_iter().zip([DESCRIPTOR_SIZE, EVENT_SIZE, EVENT_SIZE])
+    {
         if !addr.is_multiple_of(align as u64) {
             return Err(Error::QueueLayout { part, addr, size: config.size });
         }
@@ -154,7 +155,8 @@ impl<'m> Packed<'_, 'm> {
 
     /// Copies the descriptor at `position`; what is read afterwards is ordered after its flags.
     fn descriptor(&self, position: RingPosition) -> Result<Descriptor> {
-        let second = u64::from_le(self.areas.descriptors.load(position.offset() + SECOND_HALF, Ordering::Acquire)?);
+        let second =
+            u64::from_le(self.areas.descriptors.load(position.offset() + SECOND_HALF, Ordering::Acquire)?);
         let addr = u64::from_le(self.areas.descriptors.load(position.offset(), Ordering::Relaxed)?);
         let [l0, l1, l2, l3, i0, i1, f0, f1] = second.to_le_bytes();
         let (len, flags) = (u32::from_le_bytes([l0, l1, l2, l3]), u16::from_le_bytes([f0, f1]));
@@ -198,7 +200,8 @@ impl<'m> Packed<'_, 'm> {
     fn available_after(&self, distance: u16) -> Result<bool> {
         let mut position = self.at.next_avail;
         position.advance(distance, self.size());
-        let second = u64::from_le(self.areas.descriptors.load(position.offset() + SECOND_HALF, Ordering::Acquire)?);
+        let second =
+            u64::from_le(self.areas.descriptors.load(position.offset() + SECOND_HALF, Ordering::Acquire)?);
         let [.., f0, f1] = second.to_le_bytes();
         Ok(position.is_available(u16::from_le_bytes([f0, f1])))
     }
@@ -292,7 +295,11 @@ impl<'m> Packed<'_, 'm> {
     }
 
     fn write_used(&self, position: RingPosition, second: u64) -> Result<()> {
-        Ok(self.areas.descriptors.store(second.to_le(), position.offset() + SECOND_HALF, Ordering::Release)?)
+        Ok(self.areas.descriptors.store(
+            second.to_le(),
+            position.offset() + SECOND_HALF,
+            Ordering::Release,
+        )?)
     }
 
     /// Shows the first hidden completion. The driver looks at the others only after it, so all appear at once.

@@ -104,7 +104,8 @@ impl<'m> Split<'_, 'm> {
             return Ok(None);
         }
         let slot = usize::from(self.at.next_avail & (self.size() - 1));
-        let head = u16::from_le(self.areas.driver.load(RING_ENTRIES + AVAIL_ENTRY * slot, Ordering::Relaxed)?);
+        let head =
+            u16::from_le(self.areas.driver.load(RING_ENTRIES + AVAIL_ENTRY * slot, Ordering::Relaxed)?);
         buffers.clear();
         self.walk(head, buffers)?;
         self.at.next_avail = self.at.next_avail.wrapping_add(1);
