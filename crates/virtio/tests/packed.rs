@@ -296,7 +296,7 @@ fn the_driver_says_by_flags_whether_it_wants_interrupts() {
 #[test]
 fn with_event_indices_the_driver_names_the_descriptor_it_wants_to_hear_of() {
     let mut f = set_up(5, features::RING_EVENT_IDX);
-    let mut used = |f: &mut Fixture, count| {
+    let used = |f: &mut Fixture, count| {
         f.add(count);
         let wanted = f.serve(0);
         while f.driver.used().unwrap().is_some() {}
