@@ -13,6 +13,9 @@ const AVAIL: u16 = packed_flags::AVAIL;
 const USED: u16 = packed_flags::USED;
 const ONE: Buffer = Buffer::writable(0x10_0000, 1);
 
+/// What one pop gives: the id and the lengths of readable and writable buffers.
+type Popped = Result<Option<(u16, Vec<usize>, Vec<usize>)>, Error>;
+
 struct Fixture {
     mem: GuestMem,
     arena: Arena,
@@ -39,8 +42,8 @@ fn set_up(size: u16, bits: u64) -> Fixture {
 }
 
 impl Fixture {
-    /// What one pop gives: the id and the lengths of readable and writable buffers.
-    fn pop(&mut self) -> Result<Option<(u16, Vec<usize>, Vec<usize>)>, Error> {
+    /// Takes one request.
+    fn pop(&mut self) -> Popped {
         let view = self.mem.view();
         let mut buffers = ChainBuffers::new();
         let chain = self.queue.attach(&view)?.pop(&mut buffers)?;
@@ -346,7 +349,8 @@ fn a_queue_goes_on_from_its_state() {
     for n in 0..10 {
         f.add(2);
         f.serve(1);
-        let next = RingPosition { slot: (n * 2 + 2) % 3, wrap: (n * 2 + 2) / 3 % 2 == 0 };
+        let gone = 2 * (n + 1);
+        let next = RingPosition { slot: gone % 3, wrap: gone / 3 % 2 == 0 };
         let state = f.queue.state();
         assert_eq!(state.ring, RingState::Packed { next_avail: next, next_used: next });
         f.queue = VirtQueue::restore(state, &f.mem.view()).unwrap();
