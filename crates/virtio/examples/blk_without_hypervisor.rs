@@ -47,6 +47,7 @@ impl Disk {
         driver.negotiate(wanted)?;
         let queue = driver.setup_queue(&memory, &mut Arena::new(0x1000, HEADERS), 0, 256)?;
         driver.driver_ok()?;
+        queue.suppress_interrupts()?;
         Ok(Self { memory, machine, driver, queue, stats, queues, _device: device })
     }
 
