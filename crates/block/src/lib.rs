@@ -3,10 +3,14 @@
 
 mod error;
 mod image;
+#[cfg(feature = "qcow2")]
+mod qcow2;
 mod queue;
 mod raw;
 
 pub use error::{Error, Result};
 pub use image::{Image, Limits, SECTOR_SIZE};
+#[cfg(feature = "qcow2")]
+pub use qcow2::{Backing, Qcow2Image, Qcow2Options};
 pub use queue::{Engine, IoQueue, Op, Submitted, SyncQueue};
 pub use raw::{RawImage, RawOptions};
