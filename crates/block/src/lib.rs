@@ -1,16 +1,20 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod disk;
 mod error;
 mod image;
 #[cfg(feature = "qcow2")]
 mod qcow2;
 mod queue;
 mod raw;
+#[cfg(feature = "tools")]
+pub mod tools;
 
+pub use disk::{Backing, DiskOptions, FormatChoice, ImageFormat, choose, probe, recorded_format};
 pub use error::{Error, Result};
 pub use image::{Image, Limits, SECTOR_SIZE};
 #[cfg(feature = "qcow2")]
-pub use qcow2::{Backing, Qcow2Image, Qcow2Options};
+pub use qcow2::{CheckReport, Qcow2Image, Qcow2Options};
 pub use queue::{Engine, IoQueue, Op, Submitted, SyncQueue};
 pub use raw::{RawImage, RawOptions};

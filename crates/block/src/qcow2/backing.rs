@@ -1,15 +1,19 @@
 //! The images behind an image: opened for reading, by the rules that keep a disk from naming any file of the host.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use freestone_memory::MemorySlice;
 use freestone_memory::io::read_vectored_at;
 
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
 use super::file::{HostFile, part, total};
 use super::header::Header;
-use super::{Backing, Qcow2Image, Qcow2Options, fill_zero};
+use super::{Qcow2Image, Qcow2Options, fill_zero};
+use crate::disk::Backing;
 use crate::image::{Image, SECTOR_SIZE};
 use crate::raw::{RawImage, RawOptions};
 use crate::{Error, Result};
@@ -84,12 +88,37 @@ impl Base {
         fill_zero(&part(bufs, inside, wanted - inside))
     }
 
+    /// Whether the bytes from `offset` on, and how many of at most `most`, are known to be zero.
+    pub(super) fn extent(&self, offset: u64, most: u64) -> io::Result<(bool, u64)> {
+        let left = self.size().saturating_sub(offset);
+        match self {
+            _ if left == 0 => Ok((true, most)),
+            Self::Raw(raw) => raw_extent(raw.as_fd(), offset, most.min(left)),
+            Self::Qcow2(image) => image.extent(offset, most.min(left)),
+        }
+    }
+
     /// Bytes in the base.
     pub(crate) fn size(&self) -> u64 {
         match self {
             Self::Raw(raw) => raw.size().saturating_add(raw.unused_bytes()),
             Self::Qcow2(image) => image.header.size,
         }
+    }
+}
+
+/// Whether a file has a hole at `offset`, and how long it is, or else the data, within `most` bytes.
+pub(crate) fn raw_extent(file: BorrowedFd<'_>, offset: u64, most: u64) -> io::Result<(bool, u64)> {
+    let end = offset.saturating_add(most);
+    match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+        Ok(data) if data > offset => Ok((true, data.min(end) - offset)),
+        Ok(_) => {
+            let hole = rustix::fs::seek(file, SeekFrom::Hole(offset)).unwrap_or(end);
+            Ok((false, hole.min(end).max(offset + 1) - offset))
+        }
+        Err(Errno::NXIO) => Ok((true, most)),
+        // A device or file system that does not know holes.
+        Err(_) => Ok((false, most)),
     }
 }
 

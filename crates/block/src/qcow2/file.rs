@@ -24,6 +24,15 @@ impl HostFile {
         Ok(Self { raw })
     }
 
+    /// Opens a file that was just made, and gives it a first sector so that it passes as a disk.
+    #[cfg(feature = "tools")]
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        let fail = |source| Error::Io { path: path.to_owned(), op: "make it", source };
+        let file = std::fs::OpenOptions::new().write(true).open(path).map_err(fail)?;
+        file.set_len(crate::SECTOR_SIZE).map_err(fail)?;
+        Self::open(path, false, true)
+    }
+
     pub(crate) fn path(&self) -> &Path {
         self.raw.path()
     }
@@ -95,6 +104,7 @@ impl HostFile {
         Ok(rustix::fs::fdatasync(self.fd())?)
     }
 
+    #[cfg(feature = "tools")]
     pub(crate) fn set_len(&self, len: u64) -> io::Result<()> {
         Ok(rustix::fs::ftruncate(self.fd(), len)?)
     }
@@ -110,6 +120,7 @@ impl HostFile {
     }
 
     /// Reserves storage for a range.
+    #[cfg(feature = "tools")]
     pub(crate) fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
         Ok(rustix::fs::fallocate(self.fd(), FallocateFlags::empty(), offset, len)?)
     }

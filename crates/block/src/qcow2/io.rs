@@ -188,6 +188,48 @@ impl Qcow2Image {
         Ok(cluster)
     }
 
+    /// Whether the bytes from `offset` on, and how many of at most `most`, are known to be zero.
+    pub(crate) fn extent(&self, offset: u64, most: u64) -> io::Result<(bool, u64)> {
+        let at = self.at(offset);
+        let maps = self.maps_with(at.index)?;
+        let (mapping, len) = if maps.l1.get(at.index).is_none_or(|&entry| entry == 0) {
+            // No table: what it would map is all the same.
+            let span = self.header.cluster_size() << self.header.l2_bits();
+            (Mapping::Unallocated, most.min(span - offset % span))
+        } else {
+            self.run(&maps, at, most)?
+        };
+        drop(maps);
+        match (mapping, &self.base) {
+            (Mapping::Unallocated, Some(base)) => base.extent(offset, len),
+            (Mapping::Unallocated | Mapping::Zero(_), _) => Ok((true, len)),
+            _ => Ok((false, len)),
+        }
+    }
+
+    /// Gives every cluster of a new image its place in the file. `fill` is called with each run of clusters.
+    #[cfg(feature = "tools")]
+    pub(crate) fn allocate_all(&self, mut fill: impl FnMut(&super::HostFile, u64, u64) -> io::Result<()>) -> io::Result<()> {
+        let bits = self.header.cluster_bits;
+        let mut offset = 0;
+        while offset < self.header.size {
+            let at = self.at(offset);
+            let mut writer = self.writer();
+            self.own_table(&mut writer, at.index)?;
+            let left = (self.header.size - offset).min(MAX_RUN).div_ceil(1 << bits).max(1);
+            let want = left.min((1 << self.header.l2_bits()) - at.slot as u64);
+            let (first, count, _) = self.allocate(&mut writer, want)?;
+            fill(&self.file, first << bits, count << bits)?;
+            let mut maps = self.maps_mut();
+            for (i, slot) in (0..count).zip(at.slot..) {
+                maps.set(at.index, slot, (first + i) << bits | COPIED);
+            }
+            offset += count << bits;
+        }
+        let end = self.file.len()?.next_multiple_of(self.header.cluster_size());
+        self.file.set_len(end)
+    }
+
     pub(super) fn write(&self, bufs: &[MemorySlice<'_>], wanted: usize, offset: u64) -> io::Result<()> {
         let mut done = 0;
         while done < wanted {

@@ -208,7 +208,7 @@ impl Maps {
         {
             *old = entry;
             let dirty = &mut table.dirty;
-            *dirty = if dirty.is_empty() { slot..slot + 1 } else { dirty.start.min(slot)..dirty.end.max(slot + 1) };
+            *dirty = if Range::is_empty(dirty) { slot..slot + 1 } else { dirty.start.min(slot)..dirty.end.max(slot + 1) };
         }
     }
 

@@ -22,11 +22,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use freestone_memory::{Bytes, GuestMem, MemorySlice};
 
-pub(crate) use self::backing::{Base, resolve};
+use self::backing::Base;
+#[cfg(feature = "tools")]
+pub(crate) use self::backing::{MAX_CHAIN, raw_extent, resolve};
+pub use self::check::CheckReport;
 use self::file::{HostFile, total};
 use self::header::{CORRUPT, DIRTY, Header};
 use self::maps::{Maps, Protected, decode_l1, read_l1};
 use self::refcounts::Allocator;
+use crate::disk::Backing;
 use crate::image::{Image, Limits};
 use crate::queue::{Engine, IoQueue, SyncQueue};
 use crate::{Error, Result};
@@ -34,18 +38,6 @@ use crate::{Error, Result};
 /// Memory for L2 tables, in bytes, and the most tables.
 const L2_CACHE: usize = 16 << 20;
 const L2_TABLES: usize = 4096;
-
-/// What becomes of an image that names a backing file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum Backing {
-    /// It is refused: an image of unknown origin could name any file of the host.
-    #[default]
-    Deny,
-    /// The backing files are opened for reading, as plain paths relative to the folder of the image that names them. Each has the
-    /// format that the image states; without one it is raw. Nothing is probed. A chain has at most 32 images.
-    Allow,
-}
 
 /// How to open a [`Qcow2Image`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -101,7 +101,8 @@ impl Allocator {
             self.blocks.insert(index, Block { bytes, dirty: false, used: 0 });
         }
         let clock = self.clock;
-        Ok(self.blocks.get_mut(&index).inspect(|_| ()).map(|block| {
+        let block = self.blocks.get_mut(&index);
+        Ok(block.map(|block| {
             block.used = clock;
             block
         }))
