@@ -127,7 +127,9 @@ impl DiskOptions {
                 Ok(Arc::new(options.backing(self.backing).open(path)?))
             }
             #[cfg(not(feature = "qcow2"))]
-            ImageFormat::Qcow2 => Err(Error::Unsupported { path: path.to_owned(), feature: "the format qcow2".into() }),
+            ImageFormat::Qcow2 => {
+                Err(Error::Unsupported { path: path.to_owned(), feature: "the format qcow2".into() })
+            }
         }
     }
 }

@@ -38,7 +38,8 @@ fn child() {
         for thread in 0..THREADS {
             let disk = &disk;
             scope.spawn(move || {
-                let mut log = OpenOptions::new().append(true).create(true).open(format!("{image}.{thread}")).unwrap();
+                let mut log =
+                    OpenOptions::new().append(true).create(true).open(format!("{image}.{thread}")).unwrap();
                 let mut random = Random(seed * 97 + thread + 1);
                 let window = Window::new();
                 for step in 1.. {

@@ -66,7 +66,9 @@ fn exercise(disk: &Qcow2Image, model: &mut [u8], random: &mut Random, steps: usi
                 model[from..to].copy_from_slice(&window.read(disk, at, to - from).unwrap());
             }
             3 => disk.flush().unwrap(),
-            4..=5 => assert!(window.read(disk, at, to - from).unwrap() == model[from..to], "at {at} for {len}"),
+            4..=5 => {
+                assert!(window.read(disk, at, to - from).unwrap() == model[from..to], "at {at} for {len}")
+            }
             _ => {
                 let data = random.bytes(to - from);
                 window.write(disk, at, &data).unwrap();
@@ -173,7 +175,20 @@ fn a_chain_of_three_reads_through_and_is_written_at_the_top_only() {
         let top = path(&dir, "top.qcow2");
         qemu_img(&["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", text(&middle), "6M"]);
         qemu_io(&middle, &script(&mut Random(4), 6 << 20, 20));
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", top_options, "-b", "middle.qcow2", "-F", "qcow2", text(&top), "8M"]);
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            top_options,
+            "-b",
+            "middle.qcow2",
+            "-F",
+            "qcow2",
+            text(&top),
+            "8M",
+        ]);
         qemu_io(&top, &script(&mut Random(5), 8 << 20, 20));
         let mut model = qemu_contents(&dir, &top);
         let before = [std::fs::read(&base).unwrap(), std::fs::read(&middle).unwrap()];

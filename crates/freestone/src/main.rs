@@ -7,6 +7,7 @@ mod demo;
 mod disk;
 mod doctor;
 mod failure;
+mod image;
 mod probe;
 mod run;
 mod signals;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     let outcome = log_to_stderr(&cli.log).and_then(|()| match &cli.command {
         Command::Run(args) => run::run(args),
         Command::Doctor(args) => doctor::doctor(args),
+        Command::Image(args) => image::image(args),
     });
     outcome.unwrap_or_else(|failure| {
         eprintln!("freestone: {failure}");

@@ -5,15 +5,15 @@ use std::io;
 
 use super::file::HostFile;
 use super::header::{
-    BITMAPS, COMPRESSED, COPIED, CORRUPT, DIRTY, Header, MAX_REFTABLE, MAX_SNAPSHOT_TABLE, OFFSET_MASK, ZERO, be32, be64,
-    be_table, to_usize,
+    BITMAPS, COMPRESSED, COPIED, CORRUPT, DIRTY, Header, MAX_REFTABLE, MAX_SNAPSHOT_TABLE, OFFSET_MASK, ZERO,
+    be_table, be32, be64, to_usize,
 };
 use super::maps::{Mapping, corrupt, decode, decode_l1, read_l1, read_l2};
 use super::refcounts::{get_refcount, set_refcount};
 use crate::{Error, Result};
 
-/// Most clusters of a file that is checked: a counter of four bytes for each.
-const MAX_CLUSTERS: u64 = 1 << 28;
+/// Most clusters of a file that is checked: two counters of four bytes for each.
+const MAX_CLUSTERS: u64 = 1 << 27;
 /// Problems that are kept as text; all are counted.
 const MAX_PROBLEMS: usize = 100;
 
@@ -33,14 +33,18 @@ pub(crate) fn snapshots(file: &HostFile, header: &Header) -> io::Result<Vec<Snap
     for _ in 0..header.snapshots {
         let mut fixed = [0; 40];
         file.read_exact_at(&mut fixed, at)?;
-        let [id, name] = [12, 14].map(|at| fixed.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u16::from_be_bytes(*b)));
+        let [id, name] = [12, 14]
+            .map(|at| fixed.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u16::from_be_bytes(*b)));
         let extra = u64::from(be32(&fixed, 36));
         let mut text = vec![0; usize::from(name)];
         let name_at = at.saturating_add(40 + extra + u64::from(id));
         file.read_exact_at(&mut text, name_at)?;
         let (l1_offset, l1_entries) = (be64(&fixed, 0), be32(&fixed, 8));
         let l1_end = l1_offset.checked_add(u64::from(l1_entries) * 8);
-        if l1_offset % header.cluster_size() != 0 || l1_end.is_none_or(|end| end > (1 << 56)) || l1_entries > 4 << 20 {
+        if l1_offset % header.cluster_size() != 0
+            || l1_end.is_none_or(|end| end > (1 << 56))
+            || l1_entries > 4 << 20
+        {
             return Err(corrupt(format_args!("a snapshot has {l1_entries} L1 entries at {l1_offset:#x}")));
         }
         at = name_at.saturating_add(u64::from(name)).next_multiple_of(8);
@@ -138,7 +142,8 @@ impl<'a> Walk<'a> {
         let last = offset.saturating_add(bytes.max(1) - 1) >> bits;
         if offset >= self.length || last >= self.counts.len() as u64 {
             let length = self.length;
-            self.report.problem(|| format!("the {what} at {offset:#x} is outside of the file of {length} bytes"));
+            self.report
+                .problem(|| format!("the {what} at {offset:#x} is outside of the file of {length} bytes"));
             return false;
         }
         for count in self.counts.iter_mut().take(to_usize(last) + 1).skip(to_usize(offset >> bits)) {
@@ -173,7 +178,11 @@ impl<'a> Walk<'a> {
             }
         };
         if let Some(last) = snapshots.last() {
-            self.count_metadata(header.snapshots_offset, last.end - header.snapshots_offset, "snapshot table");
+            self.count_metadata(
+                header.snapshots_offset,
+                last.end - header.snapshots_offset,
+                "snapshot table",
+            );
         }
         self.l1(header.l1_offset, header.l1_entries, true)?;
         for snapshot in snapshots {
@@ -207,7 +216,8 @@ impl<'a> Walk<'a> {
             self.count(place.offset, self.header.cluster_size(), "L2 table");
             let cluster = place.offset >> self.header.cluster_bits;
             if active && !self.metadata.insert(cluster) {
-                self.report.problem(|| format!("the L2 table at {:#x} overlaps other metadata", place.offset));
+                self.report
+                    .problem(|| format!("the L2 table at {:#x} overlaps other metadata", place.offset));
                 continue;
             }
             self.l2(place.offset, active)?;
@@ -232,14 +242,14 @@ impl<'a> Walk<'a> {
                 Ok(Mapping::Unallocated | Mapping::Zero(None)) => continue,
                 Ok(Mapping::Compressed { offset, len }) => {
                     // The length is in sectors: it may reach over the end of the file, but the first byte may not.
-                    let inside = (offset.saturating_add(len as u64)).min(self.length.next_multiple_of(self.header.cluster_size()));
+                    let inside = (offset.saturating_add(len as u64))
+                        .min(self.length.next_multiple_of(self.header.cluster_size()));
                     self.report.compressed_clusters += u64::from(active);
                     (offset, inside.saturating_sub(offset).max(1))
                 }
                 Ok(Mapping::Data(place) | Mapping::Zero(Some(place))) => (place.offset, 1),
             };
             if start >= self.length {
-                // A cluster that was reserved and never written may lie behind the end.
                 self.bad_entry(at, entry, "L2 entry", clear)?;
                 continue;
             }
@@ -287,13 +297,18 @@ pub(crate) fn check(file: &HostFile, header: &Header) -> io::Result<CheckReport>
 }
 
 /// Counts the refcount table and its blocks, and reads the blocks: the refcount of every cluster of the file.
-fn stored(walk: &mut Walk<'_>) -> io::Result<Vec<u64>> {
+fn stored(walk: &mut Walk<'_>) -> io::Result<Vec<u32>> {
     let header = walk.header;
     let bytes = u64::from(header.reftable_clusters) << header.cluster_bits;
-    walk.count_metadata(header.reftable_offset, bytes.min(walk.length.saturating_sub(header.reftable_offset)), "refcount table");
+    walk.count_metadata(
+        header.reftable_offset,
+        bytes.min(walk.length.saturating_sub(header.reftable_offset)),
+        "refcount table",
+    );
     let mut table = vec![0; to_usize(bytes)];
     walk.file.read_at(&mut table, header.reftable_offset)?;
-    let mut stored = Vec::new();
+    // Zeroed by the host when it is touched: a sparse file costs nothing.
+    let mut stored = vec![0_u32; walk.counts.len()];
     let mut block = vec![0; to_usize(header.cluster_size())];
     let per_block = 1_usize << header.block_bits();
     for (index, offset) in be_table(&table).into_iter().enumerate() {
@@ -301,7 +316,9 @@ fn stored(walk: &mut Walk<'_>) -> io::Result<Vec<u64>> {
             continue;
         }
         if offset % header.cluster_size() != 0 || offset.saturating_add(header.cluster_size()) > walk.length {
-            walk.report.problem(|| format!("the refcount block {index} is at {offset:#x}, which is no place in the file"));
+            walk.report.problem(|| {
+                format!("the refcount block {index} is at {offset:#x}, which is no place in the file")
+            });
             continue;
         }
         walk.count_metadata(offset, header.cluster_size(), "refcount block");
@@ -310,15 +327,14 @@ fn stored(walk: &mut Walk<'_>) -> io::Result<Vec<u64>> {
         for slot in 0..per_block {
             let value = get_refcount(&block, header.refcount_order, slot);
             let cluster = first.saturating_add(slot);
-            if value != 0 && cluster < walk.counts.len() {
-                if stored.len() <= cluster {
-                    stored.resize(cluster + 1, 0);
-                }
-                if let Some(to) = stored.get_mut(cluster) {
-                    *to = value;
-                }
-            } else if value != 0 {
-                walk.report.leak(|| format!("cluster {cluster} behind the end of the file has refcount {value}"));
+            if value == 0 {
+                continue;
+            }
+            if let Some(to) = stored.get_mut(cluster) {
+                *to = u32::try_from(value).unwrap_or(u32::MAX);
+            } else {
+                walk.report
+                    .leak(|| format!("cluster {cluster} behind the end of the file has refcount {value}"));
             }
         }
     }
@@ -326,10 +342,10 @@ fn stored(walk: &mut Walk<'_>) -> io::Result<Vec<u64>> {
 }
 
 /// Compares what was counted with what is stored, and the COPIED flags with both.
-fn compare(walk: &mut Walk<'_>, stored: &[u64]) -> io::Result<()> {
+fn compare(walk: &mut Walk<'_>, stored: &[u32]) -> io::Result<()> {
     let mut end = 0;
     for (cluster, &count) in walk.counts.iter().enumerate() {
-        let has = stored.get(cluster).copied().unwrap_or(0);
+        let has = stored.get(cluster).copied().map_or(0, u64::from);
         let count = u64::from(count);
         if has > count {
             walk.report.leak(|| format!("cluster {cluster} has refcount {has}, and {count} references"));
@@ -341,7 +357,7 @@ fn compare(walk: &mut Walk<'_>, stored: &[u64]) -> io::Result<()> {
         }
     }
     walk.report.image_end = end << walk.header.cluster_bits;
-    let wrong = flags(walk, |cluster| stored.get(cluster).copied().unwrap_or(0), false)?;
+    let wrong = flags(walk, |cluster| stored.get(cluster).copied().map_or(0, u64::from), false)?;
     for (at, entry) in wrong {
         walk.report.problem(|| format!("the entry {entry:#x} at {at:#x} has the wrong COPIED flag"));
     }
@@ -505,7 +521,12 @@ impl Layout {
     }
 
     /// Writes blocks and table, with the refcounts that `count` says.
-    pub(crate) fn write(&self, file: &HostFile, header: &Header, count: impl Fn(u64) -> u64) -> io::Result<()> {
+    pub(crate) fn write(
+        &self,
+        file: &HostFile,
+        header: &Header,
+        count: impl Fn(u64) -> u64,
+    ) -> io::Result<()> {
         let bits = header.cluster_bits;
         let mut table = vec![0_u8; to_usize(self.table_clusters << bits)];
         let mut bytes = vec![0; to_usize(header.cluster_size())];

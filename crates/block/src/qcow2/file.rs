@@ -96,7 +96,8 @@ impl HostFile {
 
     /// Writes all of `bufs` at `offset`.
     pub(crate) fn write_slices(&self, bufs: &[MemorySlice<'_>], offset: u64) -> io::Result<()> {
-        let done = transfer(bufs, |rest, done| write_vectored_at(self.fd(), rest, offset.saturating_add(done)))?;
+        let done =
+            transfer(bufs, |rest, done| write_vectored_at(self.fd(), rest, offset.saturating_add(done)))?;
         if done == total(bufs) { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 

@@ -76,10 +76,12 @@ impl Header {
         let fixed = match header.version {
             2 => 72,
             3 => be32(&start, 100),
-            version => return Err(Error::Unsupported {
-                path: file.path().to_owned(),
-                feature: format!("qcow2 version {version}"),
-            }),
+            version => {
+                return Err(Error::Unsupported {
+                    path: file.path().to_owned(),
+                    feature: format!("qcow2 version {version}"),
+                });
+            }
         };
         header.check(got, fixed, &start).map_err(bad)?;
         let mut cluster = vec![0; 1 << header.cluster_bits];
@@ -185,13 +187,17 @@ impl Header {
                 .ok_or_else(|| bad(format!("the header extension {kind:#x} of {len} bytes is too long")))?;
             match kind {
                 EXT_BACKING_FORMAT => {
-                    let text = std::str::from_utf8(data).map_err(|_| bad("the backing format is not text".into()))?;
+                    let text = std::str::from_utf8(data)
+                        .map_err(|_| bad("the backing format is not text".into()))?;
                     self.backing_format = Some(text.to_owned());
                 }
                 EXT_BITMAPS => self.bitmaps = true,
                 EXT_IDENTITY => self.identity = data.try_into().ok(),
                 EXT_CRYPTO => {
-                    return Err(Error::Unsupported { path: file.path().to_owned(), feature: "encryption".into() });
+                    return Err(Error::Unsupported {
+                        path: file.path().to_owned(),
+                        feature: "encryption".into(),
+                    });
                 }
                 _ => {}
             }
@@ -203,7 +209,7 @@ impl Header {
     fn check_tables(&self, file_length: u64) -> std::result::Result<(), String> {
         let inside = |what: &str, offset: u64, bytes: u64, whole: bool| {
             let end = offset.checked_add(if whole { bytes } else { 1 });
-            if offset % self.cluster_size() != 0 || offset == 0 {
+            if offset == 0 || !offset.is_multiple_of(self.cluster_size()) {
                 Err(format!("the {what} begins at {offset:#x}, which is not the start of a cluster"))
             } else if end.is_none_or(|end| end > file_length) {
                 Err(format!("the {what} at {offset:#x} lies outside of the file of {file_length} bytes"))

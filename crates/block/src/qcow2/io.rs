@@ -209,7 +209,10 @@ impl Qcow2Image {
 
     /// Gives every cluster of a new image its place in the file. `fill` is called with each run of clusters.
     #[cfg(feature = "tools")]
-    pub(crate) fn allocate_all(&self, mut fill: impl FnMut(&super::HostFile, u64, u64) -> io::Result<()>) -> io::Result<()> {
+    pub(crate) fn allocate_all(
+        &self,
+        mut fill: impl FnMut(&super::HostFile, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
         let bits = self.header.cluster_bits;
         let mut offset = 0;
         while offset < self.header.size {
@@ -239,7 +242,13 @@ impl Qcow2Image {
                 0 => {
                     let mut writer = self.writer();
                     self.check_writable()?;
-                    self.write_new(&mut writer, &part(bufs, done, to_usize(left)), left, at, offset + done as u64)?
+                    self.write_new(
+                        &mut writer,
+                        &part(bufs, done, to_usize(left)),
+                        left,
+                        at,
+                        offset + done as u64,
+                    )?
                 }
                 n => n,
             };
@@ -249,12 +258,20 @@ impl Qcow2Image {
     }
 
     /// Writes to clusters that the guest has already; returns the bytes written, 0 if the first has to be made first.
-    fn write_in_place(&self, bufs: &[MemorySlice<'_>], wanted: usize, done: usize, at: At) -> io::Result<u64> {
+    fn write_in_place(
+        &self,
+        bufs: &[MemorySlice<'_>],
+        wanted: usize,
+        done: usize,
+        at: At,
+    ) -> io::Result<u64> {
         let maps = self.maps_with(at.index)?;
         if maps.needs_table(at.index) {
             return Ok(0);
         }
-        let (Mapping::Data(Place { offset, copied: true }), len) = self.run(&maps, at, (wanted - done) as u64)? else {
+        let (Mapping::Data(Place { offset, copied: true }), len) =
+            self.run(&maps, at, (wanted - done) as u64)?
+        else {
             return Ok(0);
         };
         let host = offset + at.within;
@@ -267,10 +284,13 @@ impl Qcow2Image {
         Ok(len)
     }
 
-    /// Guest data does not go where metadata is.
+    /// Guest data does not go where metadata is, nor far behind the end of the file.
     fn check_place(&self, maps: &Maps, host: u64, len: u64) -> io::Result<()> {
         let bits = self.header.cluster_bits;
         let clusters = host >> bits..(host + len).div_ceil(1 << bits);
+        if clusters.end > self.end.load(Ordering::Relaxed) {
+            return Err(corrupt(format_args!("guest data at {host:#x} is outside of the file")));
+        }
         match clusters.into_iter().find(|&cluster| maps.protected.contains(cluster)) {
             Some(cluster) => Err(corrupt(format_args!("guest data lies over metadata in cluster {cluster}"))),
             None => Ok(()),
@@ -316,7 +336,9 @@ impl Qcow2Image {
         // Before anything is in the allocator that a flush would have to write.
         self.dirty.store(true, Ordering::Release);
         let mut maps = self.maps_mut();
-        refcounts.allocate(&self.file, &mut maps.protected, want)
+        let got = refcounts.allocate(&self.file, &mut maps.protected, want)?;
+        self.end.fetch_max(got.0 + got.1, Ordering::Relaxed);
+        Ok(got)
     }
 
     fn free(&self, writer: &mut Writer, first: u64, count: u64) -> io::Result<()> {
@@ -455,9 +477,8 @@ impl Qcow2Image {
     /// The bytes of a range of the disk, read to `at` in the scratch memory. The table is in memory: this takes no lock that the
     /// caller holds.
     fn old_bytes<'v>(&self, view: &'v MemoryView, at: u64, range: Range<u64>) -> io::Result<MemorySlice<'v>> {
-        let slice = view
-            .get_slice(GuestAddress(at), to_usize(range.end - range.start))
-            .map_err(io::Error::other)?;
+        let slice =
+            view.get_slice(GuestAddress(at), to_usize(range.end - range.start)).map_err(io::Error::other)?;
         self.read(&[slice], slice.len(), range.start)?;
         Ok(slice)
     }
@@ -495,8 +516,9 @@ impl Qcow2Image {
         if range.is_empty() {
             return Ok(());
         }
-        let zeroes = GuestMem::anonymous(range.end.saturating_sub(range.start).min(1 << 20).next_multiple_of(4096))
-            .map_err(io::Error::other)?;
+        let zeroes =
+            GuestMem::anonymous(range.end.saturating_sub(range.start).min(1 << 20).next_multiple_of(4096))
+                .map_err(io::Error::other)?;
         let view = zeroes.view();
         let mut offset = range.start;
         while offset < range.end {
@@ -621,7 +643,6 @@ impl Qcow2Image {
         self.file.sync().inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
     }
 }
-
 
 /// Memory for two clusters.
 fn scratch(writer: &mut Writer, size: u64) -> io::Result<&GuestMem> {

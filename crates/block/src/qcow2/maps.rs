@@ -24,7 +24,11 @@ impl Protected {
 
     /// Adds a cluster that must not be there yet.
     pub(super) fn add(&mut self, cluster: u64) -> io::Result<()> {
-        if self.0.insert(cluster) { Ok(()) } else { Err(corrupt(format_args!("two tables are at cluster {cluster}"))) }
+        if self.0.insert(cluster) {
+            Ok(())
+        } else {
+            Err(corrupt(format_args!("two tables are at cluster {cluster}")))
+        }
     }
 
     /// Adds a cluster that may be there.
@@ -71,7 +75,7 @@ pub(super) fn decode(entry: u64, header: &Header) -> io::Result<Mapping> {
         return Err(corrupt(format_args!("an L2 entry is {entry:#x}")));
     }
     let offset = entry & OFFSET_MASK;
-    if offset % header.cluster_size() != 0 {
+    if !offset.is_multiple_of(header.cluster_size()) {
         return Err(corrupt(format_args!("an L2 entry is {entry:#x}, not the start of a cluster")));
     }
     let place = Place { offset, copied: entry & COPIED != 0 };
@@ -86,7 +90,7 @@ pub(super) fn decode(entry: u64, header: &Header) -> io::Result<Mapping> {
 /// The offset of an L2 table, if the L1 entry has one.
 pub(super) fn decode_l1(entry: u64, header: &Header) -> io::Result<Option<Place>> {
     let offset = entry & OFFSET_MASK;
-    let wrong = entry & !(COPIED | OFFSET_MASK) != 0 || offset % header.cluster_size() != 0;
+    let wrong = entry & !(COPIED | OFFSET_MASK) != 0 || !offset.is_multiple_of(header.cluster_size());
     if wrong || (offset == 0 && entry != 0) {
         return Err(corrupt(format_args!("an L1 entry is {entry:#x}")));
     }
@@ -208,7 +212,11 @@ impl Maps {
         {
             *old = entry;
             let dirty = &mut table.dirty;
-            *dirty = if Range::is_empty(dirty) { slot..slot + 1 } else { dirty.start.min(slot)..dirty.end.max(slot + 1) };
+            *dirty = if Range::is_empty(dirty) {
+                slot..slot + 1
+            } else {
+                dirty.start.min(slot)..dirty.end.max(slot + 1)
+            };
         }
     }
 
@@ -220,7 +228,8 @@ impl Maps {
     pub(super) fn write_tables(&self, file: &HostFile, new: bool) -> io::Result<()> {
         for table in self.tables.values().filter(|t| t.new == new && !t.dirty.is_empty()) {
             // Whole sectors of 512 bytes.
-            let range = table.dirty.start / 64 * 64..table.dirty.end.next_multiple_of(64).min(table.entries.len());
+            let range =
+                table.dirty.start / 64 * 64..table.dirty.end.next_multiple_of(64).min(table.entries.len());
             let at = table.offset + range.start as u64 * 8;
             let entries = table.entries.get(range).unwrap_or(&[]);
             file.write_all_at(&entries.iter().flat_map(|entry| entry.to_be_bytes()).collect::<Vec<_>>(), at)?;

@@ -17,7 +17,7 @@ mod refcounts;
 
 use std::io::{Error as IoError, ErrorKind, Result as IoResult};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use freestone_memory::{Bytes, GuestMem, MemorySlice};
@@ -107,6 +107,8 @@ pub struct Qcow2Image {
     alloc: Mutex<Writer>,
     /// The compressed cluster that was read last.
     unpacked: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
+    /// Clusters from here on are not in the file: an entry that speaks of one is wrong.
+    end: AtomicU64,
     /// Metadata has changed since the last commit.
     dirty: AtomicBool,
     /// Metadata may be lost: nothing is written any more.
@@ -172,7 +174,9 @@ impl Qcow2Image {
             }
             refcounts = Some(allocator);
         }
+        let end = file.len().map_err(|e| file.error("find its size", e))?.div_ceil(header.cluster_size());
         Ok(Self {
+            end: AtomicU64::new(end),
             file,
             header,
             base,
@@ -216,7 +220,9 @@ impl Qcow2Image {
             return Err(ErrorKind::PermissionDenied.into());
         }
         if self.failed.load(Ordering::Relaxed) {
-            return Err(IoError::other("the image lost metadata in an earlier failure and is not written any more"));
+            return Err(IoError::other(
+                "the image lost metadata in an earlier failure and is not written any more",
+            ));
         }
         Ok(())
     }
@@ -299,9 +305,11 @@ fn protect(file: &HostFile, header: &Header, refcounts: &Allocator, maps: &mut M
     let length = file.len()?;
     let l1 = std::mem::take(&mut maps.l1);
     let protected = &mut maps.protected;
-    let outside = |what: &str, offset: u64| maps::corrupt(format_args!("the {what} at {offset:#x} is not inside the file"));
+    let outside = |what: &str, offset: u64| {
+        maps::corrupt(format_args!("the {what} at {offset:#x} is not inside the file"))
+    };
     let inside = |offset: u64| {
-        offset % header.cluster_size() == 0
+        offset.is_multiple_of(header.cluster_size())
             && offset.checked_add(header.cluster_size()).is_some_and(|end| end <= length)
     };
     let range = |protected: &mut Protected, offset: u64, bytes: u64| {

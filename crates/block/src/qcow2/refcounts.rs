@@ -101,11 +101,11 @@ impl Allocator {
             self.blocks.insert(index, Block { bytes, dirty: false, used: 0 });
         }
         let clock = self.clock;
-        let block = self.blocks.get_mut(&index);
-        Ok(block.map(|block| {
+        let mut block = self.blocks.get_mut(&index);
+        if let Some(block) = &mut block {
             block.used = clock;
-            block
-        }))
+        }
+        Ok(block)
     }
 
     /// Drops the block that was not used for longest. It may be written at any time: too high a refcount is harmless, and
@@ -162,7 +162,11 @@ impl Allocator {
             let next = first.saturating_add(count);
             // A block that is missing is made by a later call: it may take the place that this run would need.
             let covered = self.table.get(self.place(next).0).is_some_and(|&entry| entry != 0);
-            if !covered || self.get(file, next)? != 0 || protected.contains(next) || (next >= self.fresh) != fresh {
+            if !covered
+                || self.get(file, next)? != 0
+                || protected.contains(next)
+                || (next >= self.fresh) != fresh
+            {
                 break;
             }
             self.set(file, next, 1)?;
@@ -365,7 +369,11 @@ mod tests {
             set_refcount(&mut block, order, 3, max);
             set_refcount(&mut block, order, 4, 1);
             set_refcount(&mut block, order, 3, max - 1);
-            assert_eq!([2, 3, 4, 5].map(|slot| get_refcount(&block, order, slot)), [0, max - 1, 1, 0], "2^{order} bits");
+            assert_eq!(
+                [2, 3, 4, 5].map(|slot| get_refcount(&block, order, slot)),
+                [0, max - 1, 1, 0],
+                "2^{order} bits"
+            );
             assert_eq!(get_refcount(&block, order, 1 << 20), 0);
         }
     }

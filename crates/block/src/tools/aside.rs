@@ -22,7 +22,9 @@ impl Aside {
     pub(super) fn create(target: &Path, overwrite: bool) -> Result<Self> {
         let create = |reason: String| Error::Create { path: target.to_owned(), reason };
         match std::fs::metadata(target) {
-            Ok(meta) if !meta.is_file() => return Err(create("something is there that is not a file".into())),
+            Ok(meta) if !meta.is_file() => {
+                return Err(create("something is there that is not a file".into()));
+            }
             Ok(_) if !overwrite => return Err(create("the file exists; --force replaces it".into())),
             _ => {}
         }
@@ -43,9 +45,10 @@ impl Aside {
     /// Makes the file durable and gives it its name.
     pub(super) fn finish(mut self) -> Result<()> {
         let fail = |source: io::Error| match source.kind() {
-            io::ErrorKind::AlreadyExists => {
-                Error::Create { path: self.target.clone(), reason: "the file exists; --force replaces it".into() }
-            }
+            io::ErrorKind::AlreadyExists => Error::Create {
+                path: self.target.clone(),
+                reason: "the file exists; --force replaces it".into(),
+            },
             _ => Error::Io { path: self.target.clone(), op: "put it in its place", source },
         };
         File::open(&self.path).and_then(|file| file.sync_all()).map_err(fail)?;

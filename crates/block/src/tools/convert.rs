@@ -113,7 +113,12 @@ fn copy(from: &Source, to: &dyn Image, granule: usize, progress: &mut dyn FnMut(
         let bytes = bytes.get_mut(..len).unwrap_or(&mut []);
         view.read_slice(bytes, GuestAddress(0)).map_err(io::Error::other)?;
         let mut at = 0;
-        for run in bytes.chunks(granule).map(|piece| (is_zero(piece), piece.len())).collect::<Vec<_>>().chunk_by(|a, b| a.0 == b.0) {
+        for run in bytes
+            .chunks(granule)
+            .map(|piece| (is_zero(piece), piece.len()))
+            .collect::<Vec<_>>()
+            .chunk_by(|a, b| a.0 == b.0)
+        {
             let len = run.iter().map(|piece| piece.1).sum();
             if run.first().is_some_and(|piece| !piece.0) {
                 let slice = view.get_slice(GuestAddress(at as u64), len).map_err(io::Error::other)?;

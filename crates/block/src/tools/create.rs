@@ -114,7 +114,8 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
 
 fn backing_size(path: &Path, options: &CreateOptions) -> Result<u64> {
     let Some((name, format)) = &options.backing else { return Ok(0) };
-    let open = DiskOptions::new().format(FormatChoice::Given(*format)).backing(Backing::Allow).read_only(true);
+    let open =
+        DiskOptions::new().format(FormatChoice::Given(*format)).backing(Backing::Allow).read_only(true);
     Ok(open.open(resolve(path, name)?)?.size())
 }
 
@@ -176,7 +177,9 @@ fn plan(size: u64, options: &CreateOptions) -> std::result::Result<Header, Strin
     };
     let l1 = header.l1_needed();
     if l1 * 8 > MAX_L1 {
-        return Err(format!("{size} bytes are too much for clusters of {cluster} bytes; take larger clusters"));
+        return Err(format!(
+            "{size} bytes are too much for clusters of {cluster} bytes; take larger clusters"
+        ));
     }
     header.l1_entries = u32::try_from(l1).map_err(|_| "the image is too large".to_owned())?;
     header.l1_offset = cluster;

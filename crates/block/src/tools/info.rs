@@ -98,7 +98,12 @@ fn describe(header: Header, snapshots: Vec<String>) -> Qcow2Info {
 /// As [`info`] for each, and [`Error::Chain`] for more than 32.
 pub fn info_chain(path: &Path, format: FormatChoice) -> Result<Vec<ImageInfo>> {
     let mut all = vec![info(path, format)?];
-    while let Some(ImageInfo { path, qcow2: Some(Qcow2Info { backing: Some(name), backing_format, .. }), .. }) = all.last() {
+    while let Some(ImageInfo {
+        path,
+        qcow2: Some(Qcow2Info { backing: Some(name), backing_format, .. }),
+        ..
+    }) = all.last()
+    {
         if all.len() >= MAX_CHAIN {
             return Err(Error::Chain { path: path.clone(), what: "is a loop, or longer than 32 images" });
         }
