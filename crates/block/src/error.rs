@@ -59,6 +59,46 @@ pub enum Error {
         /// Its size in bytes.
         size: u64,
     },
+    /// The file is not an image of its format, or a damaged one.
+    #[error("disk {path:?} is not a valid image: {reason}")]
+    Malformed {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The image needs something that this crate does not have, or was built without.
+    #[error("disk {path:?} uses {feature}, which is not supported")]
+    Unsupported {
+        /// The image.
+        path: PathBuf,
+        /// What it needs.
+        feature: String,
+    },
+    /// The image names a backing file, and that was not allowed.
+    #[error("disk {path:?} has the backing file {backing:?}; add ,backing=on to let it open other files")]
+    BackingDenied {
+        /// The image.
+        path: PathBuf,
+        /// What it names.
+        backing: String,
+    },
+    /// Images that are laid over each other in a way that cannot be opened.
+    #[error("the chain of backing files with {path:?} in it {what}")]
+    Chain {
+        /// An image of the chain.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// The image cannot be made as it was asked for.
+    #[error("cannot make the image {path:?}: {reason}")]
+    Create {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
 }
 
 /// Result of this crate.

@@ -1,6 +1,6 @@
 //! Queues of every engine: the same results, none lost, and nothing touched after the end.
 
-mod common;
+mod queues;
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use common::{bytes, disk, folder, queue, ready, run, uring_or_skip, wait_for_all};
+use queues::{bytes, disk, folder, queue, ready, run, uring_or_skip, wait_for_all};
 use freestone_block::{Engine, Image, Op, RawImage, RawOptions, Submitted};
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemBuilder, GuestMemoryBackend};
 

@@ -1,7 +1,7 @@
 //! Discard and write-zeroes, by every engine: what reads as what, and what storage is left.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-mod common;
+mod queues;
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use common::{bytes, folder, queue, run};
+use queues::{bytes, folder, queue, run};
 use freestone_block::{Engine, Image, Op, RawImage, RawOptions};
 use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend};
 use rustix::fs::SeekFrom;

@@ -1,11 +1,11 @@
 //! Any script of requests leaves the image, the memory and the outcomes the same with every engine.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-mod common;
+mod queues;
 
 use std::sync::Arc;
 
-use common::{bytes, folder, queue, wait_for_all};
+use queues::{bytes, folder, queue, wait_for_all};
 use freestone_block::{Engine, Op, RawOptions, Submitted};
 use freestone_memory::{
     Bytes, DirtyPages, GuestAddress, GuestMem, GuestMemBuilder, GuestMemoryBackend, MemorySlice,

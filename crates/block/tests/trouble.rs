@@ -1,13 +1,13 @@
 //! What becomes of requests when the host has trouble: the request fails, and the next one works.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-mod common;
+mod queues;
 
 use std::fs::File;
 use std::io::ErrorKind;
 use std::sync::Arc;
 
-use common::{disk, folder, queue, run};
+use queues::{disk, folder, queue, run};
 use freestone_block::{Engine, Image, Op, RawImage, RawOptions};
 use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend};
 
@@ -60,7 +60,7 @@ fn error_of_the_host_is_the_outcome_of_the_request() {
 
 #[test]
 fn full_file_system_is_an_error_of_the_request_and_what_fits_still_works() {
-    let Some(mount) = common::SmallTmpfs::mount("256k") else { return };
+    let Some(mount) = queues::SmallTmpfs::mount("256k") else { return };
     for engine in ENGINES {
         let path = mount.path().join("disk.raw");
         File::create(&path).unwrap().set_len(16 << 20).unwrap();

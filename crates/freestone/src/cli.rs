@@ -40,6 +40,8 @@ pub(crate) enum Command {
     Ctl(Ctl),
     /// Tell what this host can do for virtual machines, and how to mend what it cannot.
     Doctor(Doctor),
+    /// Make, describe, check and convert disk images.
+    Image(crate::image::Image),
 }
 
 #[derive(Debug, Args)]

@@ -9,6 +9,7 @@ mod demo;
 mod disk;
 mod doctor;
 mod failure;
+mod image;
 mod options;
 mod probe;
 mod run;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Ctl(args) => control::ctl(args),
         Command::Doctor(args) => doctor::doctor(args),
+        Command::Image(args) => image::image(args),
     });
     outcome.unwrap_or_else(|failure| {
         eprintln!("freestone: {failure}");

@@ -29,6 +29,16 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     parse(text)
 }
 
+/// Parses the size of a disk: whole sectors of 512 bytes; a number without a unit counts bytes.
+pub(crate) fn parse_disk(text: &str) -> Result<u64, String> {
+    let plain = text.trim().parse::<u64>().ok();
+    let bytes = plain.map_or_else(|| parse(text), Ok)?;
+    if bytes == 0 || bytes % 512 != 0 {
+        return Err(format!("{bytes} bytes is not a whole number of sectors of 512 bytes"));
+    }
+    Ok(bytes)
+}
+
 fn parse(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -100,6 +110,14 @@ mod tests {
             let error = parse_memory(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn a_bare_disk_size_counts_bytes() {
+        assert_eq!(parse_disk("1048576"), Ok(1 << 20));
+        assert_eq!(parse_disk("4G"), Ok(4 << 30));
+        assert!(parse_disk("1000").unwrap_err().contains("1000 bytes"));
+        assert!(parse_disk("0").is_err());
     }
 
     #[test]

@@ -1,113 +1,137 @@
-//! What the tests of queues share.
+//! A disk in guest memory's terms, and the tools of others to compare with.
 #![expect(clippy::unwrap_used, reason = "tests")]
-#![expect(dead_code, reason = "no test file uses all of it")]
+#![expect(dead_code, reason = "each test takes what it needs")]
 
-use std::fs::File;
-use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::path::Path;
-use std::process::Command;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
-use freestone_block::{Engine, Image, IoQueue, Op, RawImage, RawOptions, Submitted};
-use freestone_memory::{Bytes, GuestAddress, MemoryView};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use freestone_block::Image;
+use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemoryBackend};
 use tempfile::TempDir;
 
-/// A folder on a disk rather than in memory, where there is one: there requests take time.
+/// Guest memory of 8 MiB, to read and write images through.
+pub struct Window(GuestMem);
+
+impl Window {
+    pub fn new() -> Self {
+        Self(GuestMem::anonymous(8 << 20).unwrap())
+    }
+
+    /// Writes in two slices that do not adjoin.
+    pub fn write(&self, disk: &dyn Image, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        let view = self.0.view();
+        let half = data.len() / 2;
+        view.write_slice(&data[..half], GuestAddress(0)).unwrap();
+        view.write_slice(&data[half..], GuestAddress(4 << 20)).unwrap();
+        let slices = [
+            view.get_slice(GuestAddress(0), half).unwrap(),
+            view.get_slice(GuestAddress(4 << 20), data.len() - half).unwrap(),
+        ];
+        disk.write_vectored_at(&slices, offset)
+    }
+
+    pub fn read(&self, disk: &dyn Image, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
+        let view = self.0.view();
+        let half = len / 3;
+        let slices = [
+            view.get_slice(GuestAddress(0), half).unwrap(),
+            view.get_slice(GuestAddress(4 << 20), len - half).unwrap(),
+        ];
+        disk.read_vectored_at(&slices, offset)?;
+        let mut data = vec![0; len];
+        view.read_slice(&mut data[..half], GuestAddress(0)).unwrap();
+        view.read_slice(&mut data[half..], GuestAddress(4 << 20)).unwrap();
+        Ok(data)
+    }
+
+    /// The whole disk.
+    pub fn read_all(&self, disk: &dyn Image) -> Vec<u8> {
+        let mut all = Vec::new();
+        while (all.len() as u64) < disk.size() {
+            let len = (disk.size() - all.len() as u64).min(3 << 20);
+            all.extend(self.read(disk, all.len() as u64, usize::try_from(len).unwrap()).unwrap());
+        }
+        all
+    }
+}
+
+/// Random numbers, the same in every run.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).take(len).collect()
+    }
+}
+
 pub fn folder() -> TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+    tempfile::tempdir().unwrap()
 }
 
-/// An image of `size` zeroes.
-pub fn disk(dir: &TempDir, size: u64) -> Arc<RawImage> {
-    let path = dir.path().join("disk.raw");
-    File::create(&path).unwrap().set_len(size).unwrap();
-    Arc::new(RawOptions::new().open(&path).unwrap())
-}
-
-/// A queue, or `None` where the kernel has no io_uring for us.
-pub fn queue(image: &Arc<RawImage>, engine: Engine, depth: u16) -> Option<Box<dyn IoQueue>> {
-    let queue = Arc::clone(image).open_queue(engine, depth);
-    match queue {
-        Err(error) if engine == Engine::Uring && error.kind() == ErrorKind::Unsupported => {
-            println!("SKIP: {error}");
-            None
-        }
-        queue => Some(queue.unwrap()),
+/// Whether `qemu-img` is there; if not, says that `test` is skipped.
+pub fn no_qemu(test: &str) -> bool {
+    let missing = Command::new("qemu-img").arg("--version").output().is_err();
+    if missing {
+        freestone_testkit::skip(test, "qemu-img is not installed");
     }
+    missing
 }
 
-pub fn uring_or_skip(image: &Arc<RawImage>, depth: u16) -> Option<Box<dyn IoQueue>> {
-    queue(image, Engine::Uring, depth)
+/// Runs a program and wants it to succeed.
+pub fn run(program: &str, args: &[&str]) -> Output {
+    let output = Command::new(program).args(args).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output
 }
 
-/// Commits, and waits until nothing is in flight.
-pub fn wait_for_all(queue: &mut dyn IoQueue) -> Vec<(u64, io::Result<()>)> {
-    let mut outcomes = Vec::new();
-    queue.commit().unwrap();
-    while queue.in_flight() > 0 {
-        queue.wait().unwrap();
-        queue.reap(&mut |tag, result| outcomes.push((tag, result)));
+pub fn qemu_img(args: &[&str]) {
+    run("qemu-img", args);
+}
+
+/// Runs commands of `qemu-io` on an image.
+pub fn qemu_io(path: &Path, commands: &[String]) {
+    let mut args = vec!["-f", "qcow2"];
+    for command in commands {
+        args.extend(["-c", command]);
     }
-    outcomes
+    args.push(text(path));
+    let output = run("qemu-io", &args);
+    let said = String::from_utf8_lossy(&output.stdout).to_string();
+    assert!(!said.contains("failed"), "{said}");
 }
 
-/// One request from beginning to end.
-pub fn run<'m>(queue: &mut dyn IoQueue, view: &'m MemoryView, op: Op<'_, 'm>) -> io::Result<()> {
-    match queue.submit(0x5EED, view, op) {
-        Submitted::Done(result) => result,
-        Submitted::Pending => {
-            let mut outcomes = wait_for_all(queue);
-            let (tag, result) = outcomes.pop().unwrap();
-            assert_eq!((tag, outcomes.len()), (0x5EED, 0));
-            result
-        }
-    }
+/// What `qemu-img check` says of an image that must be clean.
+pub fn assert_clean(path: &Path) {
+    qemu_img(&["check", "-q", "-f", "qcow2", text(path)]);
 }
 
-/// Bytes of guest memory.
-pub fn bytes(view: &MemoryView, at: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    view.read_slice(&mut bytes, GuestAddress(at)).unwrap();
-    bytes
+/// The contents as `qemu-img` sees them.
+pub fn qemu_contents(dir: &TempDir, path: &Path) -> Vec<u8> {
+    let raw = dir.path().join("contents.raw");
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", text(path), text(&raw)]);
+    std::fs::read(raw).unwrap()
 }
 
-/// Whether a descriptor is readable now.
-pub fn ready(source: &(dyn AsRawFd + Send + Sync)) -> bool {
-    let fd = borrow(source);
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-    rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
 }
 
-fn borrow(source: &(dyn AsRawFd + Send + Sync)) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open as long as its owner, which is borrowed.
-    unsafe { BorrowedFd::borrow_raw(source.as_raw_fd()) }
-}
-
-/// A file system of a few pages, for what happens when it is full.
-pub struct SmallTmpfs(TempDir);
-
-impl SmallTmpfs {
-    /// `None` where mounting is not permitted.
-    pub fn mount(size: &str) -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"]).arg(dir.path());
-        if mount.output().is_ok_and(|output| output.status.success()) {
-            return Some(Self(dir));
-        }
-        println!("SKIP: a file system cannot be mounted here");
-        None
-    }
-
-    pub fn path(&self) -> &Path {
-        self.0.path()
-    }
-}
-
-impl Drop for SmallTmpfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
-    }
+pub fn path(dir: &TempDir, name: &str) -> PathBuf {
+    dir.path().join(name)
 }

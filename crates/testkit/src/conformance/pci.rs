@@ -4,7 +4,7 @@ use freestone_memory::layout::{LAPIC_ADDR, PCI_ECAM, PCI_MMIO_END, PCI_MMIO_STAR
 
 use super::{Bench, MEMORY, Make, ensure, storm};
 use crate::Result;
-use crate::driver::{Arena, DriverTransport, PciPart, PciRegisters, common, features, status};
+use crate::driver::{Arena, DriverTransport, PciPart, PciRegisters, common, status};
 use crate::hostile::{Hostile, Source};
 
 /// Length of configuration space.
