@@ -131,7 +131,7 @@ fn of_a_huge_request_only_so_many_pages_are_looked_at() {
     let numbers: Vec<u8> = (0..5000u32).flat_map(|page| (page + 100_000).to_le_bytes()).collect();
     rig.mem.view().write_slice(&numbers, GuestAddress(REQUEST)).unwrap();
     rig.request(INFLATE, &[Buffer::readable(REQUEST, 20_000)]);
-    assert_eq!(handle.counts().ignored, 4096 * 4096);
+    assert_eq!(handle.counts().ignored, 1024 * 4096);
 }
 
 #[test]

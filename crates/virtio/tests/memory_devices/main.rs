@@ -4,6 +4,7 @@
 
 mod balloon;
 mod mem;
+mod model;
 mod pmem;
 mod statistics;
 mod support;

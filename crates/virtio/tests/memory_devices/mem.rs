@@ -215,6 +215,23 @@ fn the_host_asks_and_the_driver_is_told() {
 }
 
 #[test]
+fn a_guest_with_much_memory_has_room_for_its_large_blocks() {
+    let mem = Mem::new(&MemConfig::new(16 << 30).requested(BLOCK)).unwrap();
+    let rig = Rig::with(GuestMem::anonymous(64 << 30).unwrap(), mem, u64::MAX);
+    assert_eq!(rig.driver.config_u64(USABLE).unwrap(), (4 << 30) + BLOCK);
+}
+
+#[test]
+fn a_large_region_has_larger_chunks_and_not_more() {
+    let mem = Mem::new(&MemConfig::new(64 << 30).requested(64 << 30)).unwrap();
+    let mut hot = Hot { handle: mem.handle(), rig: Rig::new(mem), base: 0 };
+    hot.base = hot.config(ADDR);
+    assert_eq!(hot.request(PLUG, 0, 32768), (ACK, 0));
+    assert_eq!(hot.rig.wiring.device_memory().len(), 128);
+    assert_eq!(hot.raw(UNPLUG_ALL, 0, 0).0, ACK);
+}
+
+#[test]
 fn a_reset_by_the_driver_leaves_the_memory_and_what_is_in_it() {
     let mut hot = started(CHUNK);
     hot.request(PLUG, 3, 1);
