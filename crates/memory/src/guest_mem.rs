@@ -32,7 +32,8 @@ pub type MemorySlice<'a> = VolatileSlice<'a, BS<'a, Option<AtomicBitmap>>>;
 ///
 /// The RAM that the machine is started with never changes. Devices may add regions beside it and take them away again while
 /// the machine runs: every [`view`](Self::view) taken from then on has them, and a view taken before is as it was, which also
-/// keeps a region mapped that was removed. So whoever works in steps takes a view for each step.
+/// keeps a region mapped that was removed. So whoever works in steps takes a view for each step, and whoever has handed addresses
+/// to the kernel (asynchronous I/O) keeps the view until the kernel is through with them.
 #[derive(Debug, Clone)]
 pub struct GuestMem {
     map: GuestMemoryAtomic<MemoryMap>,

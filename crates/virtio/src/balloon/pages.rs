@@ -11,9 +11,9 @@ use crate::Result;
 use crate::queue::ChainBuffers;
 use crate::worker::RequestHandler;
 
-/// Pages of one request that are looked at: 16 MiB. Drivers send 256 to 1024. More is legal, and since inflating is advice, the
-/// rest may as well stay where it is.
-const MAX_PAGES: usize = 4096;
+/// Pages of one request that are looked at: 4 MiB. Drivers send 256 to 1024. More is legal, and since the pages are the guest's
+/// loss and the host's gain, the rest may as well stay where it is.
+const MAX_PAGES: usize = 1024;
 /// Bytes of page numbers that are copied at once.
 const CHUNK: usize = 1024;
 /// Bytes of a page number.
@@ -61,7 +61,7 @@ impl RequestHandler for Inflate {
         page_numbers(buffers, &mut self.numbers)?;
         let counters = &self.shared.counters;
         for (first, pages) in runs(&mut self.numbers) {
-            // A 32-bit page number and 4096 pages are far from 2^64.
+            // A 32-bit page number and 1024 pages are far from 2^64.
             let len = pages * PAGE_SIZE;
             let done = self.mem.discard(u64::from(first) * PAGE_SIZE, len);
             let done = self.shared.count(&counters.inflated, done);

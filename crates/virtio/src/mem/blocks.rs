@@ -59,6 +59,8 @@ struct Chunk<C> {
 
 pub(super) struct Blocks<S: ChunkSource> {
     sizes: Sizes,
+    /// How far the usable region goes beyond what is requested.
+    slack: u64,
     chunk_size: u64,
     /// Whether each block is plugged.
     plugged: Vec<bool>,
@@ -73,6 +75,7 @@ impl<S: ChunkSource> Blocks<S> {
         let chunks = (0..region.div_ceil(chunk_size)).map(|_| Chunk { memory: None, plugged: 0 });
         Self {
             sizes: Sizes { block, base: 0, region, usable: 0, plugged: 0, requested: 0 },
+            slack: 0,
             chunk_size,
             plugged: vec![false; count],
             chunks: chunks.collect(),
@@ -84,8 +87,10 @@ impl<S: ChunkSource> Blocks<S> {
         self.sizes
     }
 
-    pub(super) fn attach(&mut self, base: u64, source: S) {
+    pub(super) fn attach(&mut self, base: u64, slack: u64, source: S) {
         self.sizes.base = base;
+        self.slack = slack;
+        self.sizes.usable = self.usable_for(self.sizes.requested);
         self.source = Some(source);
     }
 
@@ -111,7 +116,7 @@ impl<S: ChunkSource> Blocks<S> {
     }
 
     fn usable_for(&self, requested: u64) -> u64 {
-        if requested == 0 { 0 } else { requested.saturating_add(super::SLACK).min(self.sizes.region) }
+        if requested == 0 { 0 } else { requested.saturating_add(self.slack).min(self.sizes.region) }
     }
 
     /// The blocks of a request, if they are in the usable region.
@@ -306,7 +311,7 @@ mod tests {
     fn blocks(requested: u64) -> (Blocks<Host>, Host) {
         let host = Host::default();
         let mut blocks = Blocks::new(REGION, BLOCK, CHUNK);
-        blocks.attach(BASE, host.clone());
+        blocks.attach(BASE, 256 * MIB, host.clone());
         blocks.request(requested).unwrap();
         (blocks, host)
     }
@@ -339,7 +344,7 @@ mod tests {
     fn the_last_chunk_ends_with_the_region() {
         let host = Host::default();
         let mut blocks = Blocks::new(5 * BLOCK, BLOCK, CHUNK);
-        blocks.attach(BASE, host.clone());
+        blocks.attach(BASE, 256 * MIB, host.clone());
         blocks.request(5 * BLOCK).unwrap();
         assert_eq!(blocks.plug(BASE, 5), Answer::Ack);
         assert_eq!(*host.chunks.borrow(), [(0, CHUNK), (CHUNK, BLOCK)]);

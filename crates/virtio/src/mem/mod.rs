@@ -28,10 +28,15 @@ pub mod feature {
 
 /// Smallest chunk: a block of Linux's memory map.
 const MIN_CHUNK: u64 = 128 << 20;
-/// Most chunks of one device: each is a memory slot, and the host has a limited number.
-const MAX_CHUNKS: u64 = 256;
-/// How far the usable region goes beyond what was asked for, so that the driver has a choice of blocks.
+/// Most chunks of one device: each is a memory slot, of which the host has a limited number, and takes milliseconds to add or
+/// remove. One request can be about all of them.
+const MAX_CHUNKS: u64 = 128;
+/// How far the usable region goes beyond what was asked for, so that the driver has a choice of blocks: two of the blocks in
+/// which Linux handles memory.
 const SLACK: u64 = 256 << 20;
+/// The same for a guest with so much RAM that these blocks have 2 GiB.
+const SLACK_LARGE: u64 = 4 << 30;
+const LARGE_RAM: u64 = 64 << 30;
 /// Largest block of Linux's memory map, which begins at a multiple of its size.
 const ALIGN: u64 = 2 << 30;
 /// Smallest block: a huge page of the host, so that what is unplugged does not split one.
@@ -51,14 +56,15 @@ pub struct MemConfig {
     pub block_size: u64,
     /// Bytes to plug at first: a multiple of the block size. Default: 0.
     pub requested: u64,
-    /// Entries of the queue: a power of two. Default: 64.
+    /// Entries of the queue: a power of two. Drivers send one request at a time, and a step of the device serves a queue's
+    /// worth, so it is best small. Default: 4.
     pub queue_size: u16,
 }
 
 impl MemConfig {
     /// A device that can plug `region_size` bytes.
     pub fn new(region_size: u64) -> Self {
-        Self { region_size, block_size: MIN_BLOCK, requested: 0, queue_size: 64 }
+        Self { region_size, block_size: MIN_BLOCK, requested: 0, queue_size: 4 }
     }
 
     /// Sets [`block_size`](Self::block_size).
@@ -258,7 +264,9 @@ impl VirtioDevice for Mem {
         })?;
         let mut blocks = self.shared.blocks();
         let base = wiring.alloc_memory(blocks.sizes().region, ALIGN)?;
-        blocks.attach(base, Machine { mem: wiring.memory(), slots });
+        let mem = wiring.memory();
+        let slack = if mem.size() < LARGE_RAM { SLACK } else { SLACK_LARGE };
+        blocks.attach(base, slack, Machine { mem, slots });
         Ok(())
     }
 

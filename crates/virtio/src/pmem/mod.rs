@@ -298,3 +298,31 @@ impl VirtioDevice for Pmem {
         self.backend.sync().map_err(Error::io("make persistent memory durable"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fails when it is told to.
+    struct Moody(Arc<AtomicBool>);
+
+    impl Durable for Moody {
+        fn sync(&self) -> io::Result<()> {
+            if self.0.load(Ordering::Relaxed) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        }
+    }
+
+    #[test]
+    fn after_a_flush_that_failed_no_flush_succeeds() {
+        let fails = Arc::new(AtomicBool::new(false));
+        let file: Box<dyn Durable> = Box::new(Moody(Arc::clone(&fails)));
+        let backend = Backend { file: Some(file), failed: AtomicBool::new(false), stats: Arc::default() };
+        backend.sync().unwrap();
+        fails.store(true, Ordering::Relaxed);
+        assert_eq!(backend.sync().unwrap_err().kind(), io::ErrorKind::StorageFull);
+        // The host forgets an error once it was reported; what it lost is lost all the same.
+        fails.store(false, Ordering::Relaxed);
+        backend.sync().unwrap_err();
+        assert_eq!(backend.stats.syncs.load(Ordering::Relaxed), 2);
+    }
+}
