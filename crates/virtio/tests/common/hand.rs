@@ -1,4 +1,5 @@
 //! A disk whose requests stay under way until the test releases them, one by one and in any order.
+#![expect(clippy::indexing_slicing, reason = "tests")]
 
 use std::collections::VecDeque;
 use std::io;
