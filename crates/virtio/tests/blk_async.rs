@@ -411,6 +411,47 @@ fn a_flush_is_the_engine_s_own_business() {
     assert_eq!([1, 2].map(|n| status(&machine, n)), [NONE, OK]);
 }
 
+#[test]
+fn nothing_is_lost_when_completions_and_pauses_come_from_other_threads() {
+    let image = HandImage::new(100);
+    let mut event_loop = EventLoop::new().unwrap();
+    let handle = event_loop.handle();
+    let device = Block::new(image.clone(), config().poll(Duration::from_micros(10)));
+    let mut machine = Machine::on(device, Arc::new(handle.clone()), ManualSpawner::new());
+    machine.start(u64::MAX);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| event_loop.run_until(|| stop.load(Ordering::SeqCst)).unwrap());
+        // The engine: the newest first.
+        scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                match image.under_way().len() {
+                    0 => thread::yield_now(),
+                    n => image.release(n - 1),
+                }
+            }
+        });
+        offer_all(&mut machine, 0..20, IN);
+        let mut answered = 0;
+        while answered < 2000 {
+            machine.kick();
+            for (head, len) in machine.ring.used() {
+                assert_eq!(len, 513);
+                answered += 1;
+                machine.ring.offer(u16::try_from(head).unwrap());
+            }
+            if answered % 7 == 0 {
+                machine.registers.pause();
+                machine.registers.resume().unwrap();
+            }
+        }
+        machine.registers.pause();
+        assert_eq!(machine.ring.used().len(), image.done().len() - answered);
+        stop.store(true, Ordering::SeqCst);
+        handle.wake().unwrap();
+    });
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Offer(u32),
