@@ -1,5 +1,5 @@
 //! Connections both ways, their data, and their ends.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;

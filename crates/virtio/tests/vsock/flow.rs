@@ -1,5 +1,4 @@
 //! Credit, buffers and fairness: what either side does not take stays bounded, and stalls nobody else.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;

@@ -1,5 +1,5 @@
 //! A guest that breaks the protocol, and programs of the host that misbehave: nobody but themselves is hurt.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
