@@ -115,7 +115,7 @@ fn a_restored_guest_hears_of_the_transport_reset() {
     let gpa = guest.alloc(8);
     guest.mem.view().write_obj(u32::MAX, GuestAddress(gpa)).unwrap();
     guest.event.add_chain(&[Buffer::writable(gpa, 8)]).unwrap();
-    guest.event.publish().unwrap();
+    assert!(guest.event.publish().unwrap(), "the device wants to know of the buffer");
     guest.driver.kick(2).unwrap();
     guest.run();
     assert_eq!(guest.event.used().unwrap().unwrap().len, 4);
