@@ -138,10 +138,22 @@ impl Vsock {
         Arc::clone(&self.stats)
     }
 
-    /// For a device whose guest was restored from a snapshot: drops all connections, and tells the guest by a transport reset
-    /// event once it runs, so that it drops its own and reads its CID again (5.10.6.7).
-    pub fn reset_transport(&mut self) {
-        lock(&self.endpoint).reset_transport();
+    /// For machines that restore a guest from a snapshot.
+    pub fn transport_reset(&self) -> TransportReset {
+        TransportReset(Arc::clone(&self.endpoint))
+    }
+}
+
+/// Tells the guest of a [`Vsock`] device that its connections are gone, as they are after it was restored from a snapshot.
+#[derive(Debug, Clone)]
+pub struct TransportReset(SharedEndpoint);
+
+impl TransportReset {
+    /// Drops all connections, and tells the guest by a transport reset event when the device goes on, so that it drops its own
+    /// and reads its CID again (virtio 1.2, section 5.10.6.7). To be called while the device is paused. A reset by the driver
+    /// makes it void.
+    pub fn send(&self) {
+        lock(&self.0).reset_transport();
     }
 }
 

@@ -29,6 +29,8 @@ const MAX_ACCEPTS: usize = 16;
 const BACKLOG: i32 = 1024;
 /// The longest that is appended to the path: a separator and a port.
 const LONGEST_PORT: &str = "_4294967295";
+/// Longest path of a Unix socket that every program can use: it ends with a zero.
+const MAX_PATH: usize = 107;
 /// Names the listening socket among the events.
 const LISTENER: u64 = u64::MAX;
 const STREAM_FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
@@ -142,14 +144,15 @@ impl UnixHost {
         socket.ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
-    /// Takes up new programs; returns whether there may be more.
+    /// Takes up new programs; returns whether to look again soon: there may be more, or the request of one.
     fn accept(&mut self) -> bool {
-        for _ in 0..MAX_ACCEPTS {
-            if !self.accept {
-                return false;
-            }
+        let mut taken = 0;
+        while self.accept && taken < MAX_ACCEPTS {
             match acceptfrom_with(&self.listener, STREAM_FLAGS) {
-                Ok((socket, _)) => self.take_in(socket),
+                Ok((socket, _)) => {
+                    taken += 1;
+                    self.take_in(socket);
+                }
                 Err(rustix::io::Errno::AGAIN) => self.accept = false,
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
                 Err(error) => {
@@ -161,7 +164,7 @@ impl UnixHost {
                 }
             }
         }
-        self.accept
+        taken > 0
     }
 
     fn take_in(&mut self, socket: OwnedFd) {
@@ -199,7 +202,9 @@ impl UnixHost {
 fn listen(path: &Path, mode: u32) -> rustix::io::Result<OwnedFd> {
     let mut longest = path.as_os_str().to_owned();
     longest.push(LONGEST_PORT);
-    SocketAddrUnix::new(Path::new(&longest))?;
+    if longest.len() > MAX_PATH {
+        return Err(rustix::io::Errno::NAMETOOLONG);
+    }
     let address = SocketAddrUnix::new(path)?;
     let mode = Mode::from_raw_mode(mode & 0o777);
     let listener = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, STREAM_FLAGS, None)?;

@@ -103,12 +103,15 @@ impl VsockWorker {
     }
 }
 
-/// Puts a transport reset event into the event queue, if the driver left a buffer there.
+/// Puts a transport reset event into the event queue, or asks for a kick when the driver leaves a buffer there.
 fn tell_transport_reset<'m>(
     queue: &mut AttachedQueue<'_, 'm>,
     buffers: &mut ChainBuffers<'m>,
     endpoint: &mut Endpoint,
 ) -> Result<()> {
+    if !queue.has_next()? && !queue.enable_kicks()? {
+        return Ok(());
+    }
     if let Some(chain) = queue.pop(buffers)? {
         let event = TRANSPORT_RESET.to_le_bytes();
         buffers.write(&event)?;
