@@ -2,11 +2,13 @@
 //!
 //! Every case is deterministic: it depends on its [`Source`] alone, which is a seed or the bytes of a fuzzer. No case is
 //! meant to be answered in a certain way; a device must survive it, stay bounded, and work again after a reset.
+//!
+//! In a packed queue, where there are no heads and no `next`, each case is what comes nearest to it.
 
 use freestone_memory::layout::{HOLE_START, MMIO_START};
 use freestone_memory::{Bytes, GuestAddress};
 
-use crate::driver::{Arena, Desc, DriverQueue, desc_flags};
+use crate::driver::{Arena, Desc, DriverQueue, desc_flags, packed_flags};
 use crate::{Error, Result};
 
 /// Numbers that look arbitrary and are not: from a seed, or from bytes.
@@ -89,11 +91,11 @@ impl<'a> Source<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Hostile {
-    /// A descriptor whose `next` is itself.
+    /// A descriptor whose `next` is itself; packed: a chain that goes on in descriptors that were not offered.
     SelfLoop,
     /// All descriptors in a ring.
     Loop,
-    /// `next` beyond the table.
+    /// `next` beyond the table; packed: buffer ids beyond it.
     NextOutOfRange,
     /// An indirect table with an indirect descriptor in it.
     IndirectInIndirect,
@@ -113,9 +115,9 @@ pub enum Hostile {
     ZeroLength,
     /// Buffers of more than 2^32 bytes together.
     TotalOver4G,
-    /// An avail index further ahead than the queue has descriptors.
+    /// An avail index further ahead than the queue has descriptors; packed: descriptors available on two laps at once.
     AvailJump,
-    /// Heads beyond the table.
+    /// Heads beyond the table; packed: flags that belong to no side.
     HeadOutOfRange,
     /// A buffer whose end wraps round the address space.
     AddressWraps,
@@ -139,6 +141,8 @@ pub enum Hostile {
     BuffersOverRings,
     /// Arbitrary bytes in the table and the avail ring.
     Garbage,
+    /// Good requests, and nonsense where the driver says of what it wants to hear.
+    EventGarbage,
 }
 
 impl Hostile {
@@ -169,6 +173,7 @@ impl Hostile {
         Self::SameChainTwice,
         Self::BuffersOverRings,
         Self::Garbage,
+        Self::EventGarbage,
     ];
 
     /// Writes this case into `queue`, which should be fresh, and makes it visible to the device. The queue's own bookkeeping
@@ -178,6 +183,9 @@ impl Hostile {
     /// [`Error::Full`] if `arena` has less than 64 KiB left, [`Error::Memory`] if it is not RAM.
     pub fn apply(self, queue: &mut DriverQueue, arena: &mut Arena, source: &mut Source<'_>) -> Result<()> {
         let scene = Scene::new(queue, arena, source)?;
+        if queue.is_packed() {
+            return self.apply_packed(queue, &scene, source);
+        }
         match self {
             Self::AvailJump => {
                 scene.chain(queue, &scene.request(0x200))?;
@@ -196,12 +204,63 @@ impl Hostile {
                 }
             }
             Self::Garbage => scene.garbage(queue, source)?,
+            Self::EventGarbage => {
+                scene.chain(queue, &scene.request(0x200))?;
+                queue.set_avail_flags(source.next_u16())?;
+                queue.set_used_event(source.next_u16())?;
+            }
             _ => {
                 let descriptors = self.descriptors(queue, &scene, source)?;
                 scene.chain(queue, &descriptors)?;
             }
         }
         queue.publish().map(drop)
+    }
+
+    /// Writes this case into a packed queue: everything but the first descriptor, and then that.
+    fn apply_packed(self, queue: &DriverQueue, scene: &Scene, source: &mut Source<'_>) -> Result<()> {
+        use desc_flags::{NEXT, WRITE};
+        use packed_flags::{AVAIL, USED};
+        let size = queue.size();
+        let mut descriptors = match self {
+            Self::SelfLoop => vec![Desc { next: 0, ..scene.header() }],
+            Self::Loop | Self::AvailJump => vec![scene.header(); size.into()],
+            Self::SameChainTwice => {
+                vec![Desc { flags: WRITE, ..scene.status() }; size.into()]
+            }
+            Self::Garbage => scene.descriptors(size, source),
+            _ => self.descriptors(queue, scene, source)?,
+        };
+        for (n, desc) in descriptors.iter_mut().enumerate() {
+            let whose = match self {
+                Self::AvailJump if n % 2 == 1 => USED,
+                Self::HeadOutOfRange if n % 2 == 1 => AVAIL | USED,
+                Self::Garbage => source.next_u16() & (AVAIL | USED),
+                _ => AVAIL,
+            };
+            desc.flags |= whose;
+            desc.next = match self {
+                Self::NextOutOfRange => size.wrapping_add(source.next_u16()),
+                Self::Garbage => source.next_u16(),
+                Self::AvailJump => u16::try_from(n).unwrap_or(0),
+                _ => 0,
+            };
+            if self == Self::AvailJump {
+                desc.flags &= !NEXT;
+            }
+        }
+        if self == Self::Garbage
+            && let Some(first) = descriptors.first_mut()
+        {
+            first.flags = first.flags & !USED | AVAIL;
+        }
+        if matches!(self, Self::EventGarbage | Self::Garbage) {
+            queue.set_driver_event(source.next_u32())?;
+        }
+        for (slot, desc) in (0..size).zip(descriptors).rev() {
+            queue.set_desc(slot, desc)?;
+        }
+        Ok(())
     }
 
     /// The chain of this case, as it stands in the table from descriptor 0.
@@ -271,7 +330,11 @@ impl Hostile {
                 vec![scene.header(), over(a, 2), over(b, 3), over(c, 4), status]
             }
             // Written without a chain.
-            Self::AvailJump | Self::HeadOutOfRange | Self::SameChainTwice | Self::Garbage => request,
+            Self::AvailJump
+            | Self::HeadOutOfRange
+            | Self::SameChainTwice
+            | Self::Garbage
+            | Self::EventGarbage => request,
         })
     }
 }
@@ -332,24 +395,29 @@ impl Scene {
     }
 
     fn indirect(&self, queue: &DriverQueue, descriptors: &[Desc]) -> Result<()> {
-        let bytes: Vec<u8> = descriptors.iter().flat_map(|d| d.to_bytes()).collect();
+        let format = if queue.is_packed() { Desc::to_packed_bytes } else { Desc::to_bytes };
+        let bytes: Vec<u8> = descriptors.iter().flat_map(|d| format(*d)).collect();
         write(queue, self.table, &bytes)
     }
 
     fn garbage(&self, queue: &mut DriverQueue, source: &mut Source<'_>) -> Result<()> {
-        for i in 0..queue.size() {
-            // Addresses near the edges of memory and mostly sensible indices get further than pure noise.
-            let addr = if source.below(2) == 0 { self.data + source.below(0x1000) } else { source.edge() };
-            let len = if source.below(4) == 0 { source.next_u32() } else { source.next_u32() & 0xfff };
-            let next = if source.below(8) == 0 {
-                source.next_u16()
-            } else {
-                source.next_u16() % queue.size().max(1)
-            };
-            queue.set_desc(i, Desc { addr, len, flags: source.next_u16() & 7, next })?;
+        for (i, desc) in (0..).zip(self.descriptors(queue.size(), source)) {
+            queue.set_desc(i, desc)?;
             queue.set_avail_ring(i, source.next_u16() % queue.size().max(1).saturating_mul(2))?;
         }
         queue.set_avail_idx(1 + source.next_u16() % queue.size().max(1))
+    }
+
+    /// Arbitrary descriptors for a queue of `size`.
+    fn descriptors(&self, size: u16, source: &mut Source<'_>) -> Vec<Desc> {
+        let mut descriptor = || {
+            // Addresses near the edges of memory and mostly sensible indices get further than pure noise.
+            let addr = if source.below(2) == 0 { self.data + source.below(0x1000) } else { source.edge() };
+            let len = if source.below(4) == 0 { source.next_u32() } else { source.next_u32() & 0xfff };
+            let next = if source.below(8) == 0 { source.next_u16() } else { source.next_u16() % size.max(1) };
+            Desc { addr, len, flags: source.next_u16() & 7, next }
+        };
+        (0..size).map(|_| descriptor()).collect()
     }
 }
 
@@ -364,33 +432,44 @@ mod tests {
 
     use super::*;
 
-    fn table_of(case: Hostile, mut source: Source<'_>) -> (Vec<Desc>, u16) {
+    /// The table that a case makes, and whether the device is offered something.
+    fn table_of(case: Hostile, packed: bool, mut source: Source<'_>) -> (Vec<Desc>, bool) {
         let mem = GuestMem::anonymous(1 << 20).unwrap();
         let mut arena = Arena::new(0x1000, 0x10_0000);
-        let mut queue = DriverQueue::new(&mem, &mut arena, 16).unwrap();
+        let make = if packed { DriverQueue::new_packed } else { DriverQueue::new };
+        let mut queue = make(&mem, &mut arena, 16).unwrap();
         case.apply(&mut queue, &mut arena, &mut source).unwrap();
-        ((0..16).map(|i| queue.desc(i).unwrap()).collect(), queue.avail_idx().unwrap())
+        let table: Vec<_> = (0..16).map(|i| queue.desc(i).unwrap()).collect();
+        let available = table[0].flags & (packed_flags::AVAIL | packed_flags::USED) == packed_flags::AVAIL;
+        let offered = if packed { available } else { queue.avail_idx().unwrap() != 0 };
+        (table, offered)
     }
+
+    const BOTH: [bool; 2] = [false, true];
 
     #[test]
     fn every_case_offers_something_to_the_device() {
-        for case in Hostile::ALL {
-            assert_ne!(table_of(*case, Source::seed(1)).1, 0, "{case:?}");
+        for (case, packed) in Hostile::ALL.iter().flat_map(|case| BOTH.map(|packed| (case, packed))) {
+            assert!(table_of(*case, packed, Source::seed(1)).1, "{case:?} {packed}");
         }
     }
 
     #[test]
     fn a_case_depends_on_its_seed_alone() {
-        for case in Hostile::ALL {
-            assert_eq!(table_of(*case, Source::seed(7)), table_of(*case, Source::seed(7)), "{case:?}");
+        for (case, packed) in Hostile::ALL.iter().flat_map(|case| BOTH.map(|packed| (case, packed))) {
+            let table = || table_of(*case, packed, Source::seed(7));
+            assert_eq!(table(), table(), "{case:?}");
         }
-        assert_ne!(table_of(Hostile::Garbage, Source::seed(1)), table_of(Hostile::Garbage, Source::seed(2)));
+        for packed in BOTH {
+            let garbage = |seed| table_of(Hostile::Garbage, packed, Source::seed(seed));
+            assert_ne!(garbage(1), garbage(2));
+        }
     }
 
     #[test]
     fn a_short_input_still_makes_a_case() {
-        for case in Hostile::ALL {
-            assert_ne!(table_of(*case, Source::bytes(&[1, 2, 3])).1, 0, "{case:?}");
+        for (case, packed) in Hostile::ALL.iter().flat_map(|case| BOTH.map(|packed| (case, packed))) {
+            assert!(table_of(*case, packed, Source::bytes(&[1, 2, 3])).1, "{case:?}");
         }
     }
 
@@ -403,7 +482,7 @@ mod tests {
 
     #[test]
     fn a_loop_comes_back_to_its_start() {
-        let (table, _) = table_of(Hostile::Loop, Source::seed(0));
+        let (table, _) = table_of(Hostile::Loop, false, Source::seed(0));
         let mut at = 0;
         for _ in 0..16 {
             assert_ne!(table[at].flags & desc_flags::NEXT, 0);

@@ -12,7 +12,7 @@ use freestone_bus::Device;
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemoryBackend};
 use freestone_testkit::TestWiring;
 use freestone_testkit::driver::{Arena, Buffer, DriverQueue, MmioDriver};
-use freestone_virtio::{BlkStats, Block, BlockConfig, VirtioMmioPlug};
+use freestone_virtio::{BlkStats, Block, BlockConfig, DeviceStats, VirtioMmioPlug, features};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -29,22 +29,26 @@ struct Disk {
     driver: MmioDriver,
     queue: DriverQueue,
     stats: Arc<BlkStats>,
+    queues: DeviceStats,
     _device: Box<dyn Device>,
 }
 
 impl Disk {
-    fn new(path: &std::path::Path) -> Result<Self, Box<dyn Error>> {
+    fn new(path: &std::path::Path, wanted: u64) -> Result<Self, Box<dyn Error>> {
         std::fs::File::create(path)?.set_len(SECTORS * 512)?;
         let block = Block::new(Arc::new(RawOptions::new().open(path)?), BlockConfig::new());
         let stats = block.stats();
         let memory = GuestMem::anonymous(4 << 20)?;
         let mut machine = TestWiring::new(memory.clone());
-        let device = machine.plug(VirtioMmioPlug::new(block, "disk0"))?;
+        let plug = VirtioMmioPlug::new(block, "disk0");
+        let queues = plug.stats();
+        let device = machine.plug(plug)?;
         let mut driver = MmioDriver::new(machine.mmio_device(0).ok_or("the device has no registers")?);
-        driver.negotiate(u64::MAX)?;
+        driver.negotiate(wanted)?;
         let queue = driver.setup_queue(&memory, &mut Arena::new(0x1000, HEADERS), 0, 256)?;
         driver.driver_ok()?;
-        Ok(Self { memory, machine, driver, queue, stats, _device: device })
+        queue.suppress_interrupts()?;
+        Ok(Self { memory, machine, driver, queue, stats, queues, _device: device })
     }
 
     /// Offers request `slot`: 4 KiB from or to `sector`.
@@ -80,10 +84,11 @@ fn floor(path: &std::path::Path, memory: &GuestMem, requests: u64) -> Result<u12
     Ok(start.elapsed().as_nanos() / u128::from(requests))
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+/// Writes a message and reads it back, then reads at random and says what that cost.
+fn run(format: &str, wanted: u64) -> Result<(), Box<dyn Error>> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("disk.raw");
-    let mut disk = Disk::new(&path)?;
+    let mut disk = Disk::new(&path, wanted)?;
 
     disk.memory.view().write_slice(b"freestone", GuestAddress(DATA))?;
     disk.offer(0, OUT, 8)?;
@@ -91,7 +96,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     disk.offer(1, IN, 8)?;
     disk.go()?;
     let message: [u8; 9] = disk.memory.view().read_obj(GuestAddress(DATA + 4096))?;
-    println!("read back: {:?}", String::from_utf8_lossy(&message));
+    println!("{format} rings, read back: {:?}", String::from_utf8_lossy(&message));
 
     let rounds = 2000;
     let mut busy = std::time::Duration::ZERO;
@@ -110,6 +115,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let requests = rounds * u64::from(DEPTH);
     println!("{} ns per 4 KiB read, {DEPTH} at a time", busy.as_nanos() / u128::from(requests));
     println!("{} ns of them in the file", floor(&path, &disk.memory, requests)?);
-    println!("{}", disk.stats.counts());
+    println!("{}\n{}", disk.stats.counts(), disk.queues);
     Ok(())
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    run("split", !features::RING_PACKED)?;
+    run("packed", u64::MAX)
 }

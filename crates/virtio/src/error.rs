@@ -9,8 +9,8 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The driver chose a queue size that the device does not have or that is no power of two.
-    #[error("queue size {size} is not a power of two from 1 to {max}")]
+    /// The driver chose a queue size that the device does not have or that, for split rings, is no power of two.
+    #[error("queue size {size} is not a power of two (any number for packed rings) from 1 to {max}")]
     QueueSize {
         /// Chosen size.
         size: u16,
@@ -34,6 +34,24 @@ pub enum Error {
     AvailIndex {
         /// Distance to the device's own index.
         ahead: u16,
+        /// Entries of the queue.
+        size: u16,
+    },
+    /// The driver offered descriptors of a packed ring that the device still holds.
+    #[error("descriptors were offered while the device held {held} of the queue's {size}")]
+    Overrun {
+        /// Descriptors of requests that were not given back.
+        held: u16,
+        /// Entries of the queue.
+        size: u16,
+    },
+    /// A saved position in a packed ring is impossible.
+    #[error("positions {avail} and {used} cannot be in a packed ring of {size} entries")]
+    QueuePosition {
+        /// Where the next request would begin.
+        avail: u16,
+        /// Where the next completion would go.
+        used: u16,
         /// Entries of the queue.
         size: u16,
     },

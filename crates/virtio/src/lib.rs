@@ -39,9 +39,11 @@ pub use device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, W
 pub use error::{Error, Result};
 pub use mmio::{MmioTransport, MmioWiring, VirtioMmioPlug};
 pub use pci::{PciTransport, PciWiring, VirtioPciPlug};
-pub use plug::{Transport, plug};
-pub use queue::{AttachedQueue, Chain, ChainBuffers, QueueConfig, SpareBuffers, VirtQueue};
+pub use plug::{Transport, plug, plug_with_stats};
+pub use queue::{
+    AttachedQueue, Chain, ChainBuffers, QueueConfig, QueueState, RingPosition, RingState, SpareBuffers,
+    VirtQueue,
+};
+pub use stats::{DeviceStats, Latencies, QueueCounts, QueueStats};
 pub use transport::{DeviceCore, Kicks, TransportOps};
 pub use worker::{QueueWorker, RequestHandler};
-// Part of the API on purpose: the state of a queue in a form that other rust-vmm crates know.
-pub use virtio_queue::QueueState;

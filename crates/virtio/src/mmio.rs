@@ -15,6 +15,7 @@ use freestone_memory::GuestMem;
 use crate::Result;
 use crate::device::VirtioDevice;
 use crate::plug::{Lifecycle, Plugged, bus_error};
+use crate::stats::DeviceStats;
 use crate::transport::{DeviceCore, Half, Kicks, QueueArea, TransportOps};
 
 /// Length of the register window in bytes: registers, then the configuration space.
@@ -160,6 +161,18 @@ impl MmioTransport {
         Ok(Self { kicks: core.kicks(), core: Mutex::new(core), line })
     }
 
+    /// As [`DeviceCore::with_stats`].
+    #[must_use]
+    pub fn with_stats(self, stats: DeviceStats) -> Self {
+        let core = self.core.into_inner().unwrap_or_else(PoisonError::into_inner).with_stats(stats);
+        Self { core: Mutex::new(core), ..self }
+    }
+
+    /// As [`DeviceCore::stats`].
+    pub fn stats(&self) -> DeviceStats {
+        self.lock().stats()
+    }
+
     /// As [`DeviceCore::pause`].
     pub fn pause(&self) {
         self.lock().pause();
@@ -277,12 +290,19 @@ fn aligned<T, E>(offset: u64, word: std::result::Result<T, E>) -> std::result::R
 pub struct VirtioMmioPlug {
     device: Box<dyn VirtioDevice>,
     name: String,
+    stats: DeviceStats,
 }
 
 impl VirtioMmioPlug {
     /// Makes `device` pluggable; `name`, such as `virtio-blk0`, is for messages.
     pub fn new(device: impl VirtioDevice + 'static, name: impl Into<String>) -> Self {
-        Self { device: Box::new(device), name: name.into() }
+        let name = name.into();
+        Self { stats: DeviceStats::new(&name, device.info()), device: Box::new(device), name }
+    }
+
+    /// What the device's queues will count, to be kept by whoever wants to read it.
+    pub fn stats(&self) -> DeviceStats {
+        self.stats.clone()
     }
 }
 
@@ -298,7 +318,8 @@ impl Plug for VirtioMmioPlug {
             spawner: wiring.spawner(),
         };
         let transport = MmioTransport::new(&self.name, self.device, parts);
-        let transport = Arc::new(transport.map_err(bus_error("set up a virtio device"))?);
+        let transport = transport.map_err(bus_error("set up a virtio device"))?.with_stats(self.stats);
+        let transport = Arc::new(transport);
         wiring.mmio(base, MMIO_LEN, transport.clone())?;
         let resources = vec![Resource::Mmio { base, len: MMIO_LEN }, Resource::Irq { gsi }];
         wiring.describe(Description { hid: "LNRO0005", resources });

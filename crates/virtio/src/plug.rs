@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use freestone_bus::{Device, Plug};
 
-use crate::{Error, Result, VirtioDevice, VirtioMmioPlug, VirtioPciPlug};
+use crate::{DeviceStats, Error, Result, VirtioDevice, VirtioMmioPlug, VirtioPciPlug};
 
 /// How a driver reaches a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -23,9 +23,26 @@ pub fn plug(
     device: impl VirtioDevice + 'static,
     name: impl Into<String>,
 ) -> Box<dyn Plug> {
+    plug_with_stats(transport, device, name).0
+}
+
+/// As [`plug`], with what the device's queues will count.
+pub fn plug_with_stats(
+    transport: Transport,
+    device: impl VirtioDevice + 'static,
+    name: impl Into<String>,
+) -> (Box<dyn Plug>, DeviceStats) {
     match transport {
-        Transport::Pci => Box::new(VirtioPciPlug::new(device, name)),
-        Transport::Mmio => Box::new(VirtioMmioPlug::new(device, name)),
+        Transport::Pci => {
+            let plug = VirtioPciPlug::new(device, name);
+            let stats = plug.stats();
+            (Box::new(plug), stats)
+        }
+        Transport::Mmio => {
+            let plug = VirtioMmioPlug::new(device, name);
+            let stats = plug.stats();
+            (Box::new(plug), stats)
+        }
     }
 }
 

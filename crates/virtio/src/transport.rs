@@ -13,6 +13,7 @@ use freestone_memory::GuestMem;
 use crate::control::Lasting;
 use crate::device::{ActiveQueue, Resources, VirtioDevice, Worker};
 use crate::queue::{QueueConfig, VirtQueue};
+use crate::stats::DeviceStats;
 use crate::{DeviceControl, Error, Result, features};
 
 /// Bits of the device status field (virtio 1.2, section 2.1).
@@ -67,11 +68,11 @@ impl Kicks {
 /// The parts of a queue's address, as registers name them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QueueArea {
-    /// Descriptor table.
+    /// Descriptor area: the descriptor table or the packed ring.
     Descriptors,
-    /// Driver area: the available ring.
+    /// Driver area: the available ring or the driver's event suppression structure.
     Driver,
-    /// Device area: the used ring.
+    /// Device area: the used ring or the device's event suppression structure.
     Device,
 }
 
@@ -153,6 +154,7 @@ pub struct DeviceCore<T> {
     spawner: Arc<dyn Spawn>,
     kicks: Kicks,
     lasting: Arc<Lasting>,
+    stats: DeviceStats,
     control: DeviceControl,
     offered: u64,
     status: u8,
@@ -188,8 +190,9 @@ impl<T: TransportOps> DeviceCore<T> {
         let queues = info.queue_max_sizes.iter().map(|&size| QueueRegisters::new(size)).collect();
         let lasting = Arc::new(Lasting::new(name));
         let control = DeviceControl::new(ops.config_irq(), Arc::clone(&lasting));
-        Ok(Self {
+        let core = Self {
             offered: info.features | features::TRANSPORT,
+            stats: DeviceStats::new(name, info),
             device,
             ops,
             mem,
@@ -205,7 +208,34 @@ impl<T: TransportOps> DeviceCore<T> {
             queue_select: 0,
             queues,
             activity: Activity::Stopped,
-        })
+        };
+        core.watch_kicks();
+        Ok(core)
+    }
+
+    /// Counts in `stats`, which somebody has taken before there was a core, instead of in statistics of its own. To be called
+    /// before a driver uses the device; `stats` must be of this device.
+    #[must_use]
+    pub fn with_stats(mut self, stats: DeviceStats) -> Self {
+        self.set_stats(stats);
+        self
+    }
+
+    /// As [`with_stats`](Self::with_stats), for a core that is in its place already.
+    pub(crate) fn set_stats(&mut self, stats: DeviceStats) {
+        self.stats = stats;
+        self.watch_kicks();
+    }
+
+    fn watch_kicks(&self) {
+        for (queue, kick) in self.stats.queues().iter().zip(&*self.kicks.0) {
+            queue.watch(kick);
+        }
+    }
+
+    /// What each queue counts, since the device was made: resets do not reset it.
+    pub fn stats(&self) -> DeviceStats {
+        self.stats.clone()
     }
 
     /// The device.
@@ -446,6 +476,10 @@ impl<T: TransportOps> DeviceCore<T> {
             if registers.ready {
                 let queue =
                     VirtQueue::new(registers.config, registers.max_size, self.driver_features, &view)?;
+                let queue = match self.stats.queues().get(usize::from(index)) {
+                    Some(stats) => queue.with_stats(Arc::clone(stats)),
+                    None => queue,
+                };
                 let irq = self.ops.queue_irq(index);
                 active.push(ActiveQueue { index, queue, kick: Arc::clone(kick), irq });
             }

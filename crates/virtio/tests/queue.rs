@@ -6,7 +6,7 @@ mod common;
 
 use common::{HOLE, INDIRECT, NEXT, RAM_AFTER_HOLE, RAM_END, REGISTERS, Ring, SEAM, WRITE, memory};
 use freestone_memory::{Bytes, GuestAddress, GuestMem};
-use freestone_virtio::{ChainBuffers, Error, QueueConfig, VirtQueue, features};
+use freestone_virtio::{ChainBuffers, Error, QueueConfig, RingState, VirtQueue, features};
 
 const MAX: u16 = 64;
 /// Where tests put indirect tables.
@@ -109,11 +109,11 @@ fn the_position_survives_a_new_attachment_and_is_in_the_state() {
     ring.add(&[(0x8000, 1, true)]);
     pop(&mut queue, &mem).unwrap().unwrap();
     ring.add(&[(0x8000, 1, true)]);
-    assert_eq!(queue.state().next_avail, 1);
+    assert_eq!(queue.state().ring, RingState::Split { next_avail: 1, next_used: 0 });
     assert_eq!(pop(&mut queue, &mem).unwrap().unwrap().0, 1);
     let state = queue.state();
-    assert_eq!((state.next_avail, state.next_used, state.size), (2, 0, 16));
-    assert_eq!(state.avail_ring, ring.config.driver);
+    assert_eq!(state.ring, RingState::Split { next_avail: 2, next_used: 0 });
+    assert_eq!((state.config, state.max_size, state.event_idx), (ring.config, MAX, false));
 }
 
 #[test]
@@ -322,7 +322,10 @@ fn queue_sizes_that_are_no_powers_of_two_or_too_large_are_refused() {
     for size in [0, 3, 65, 128, 65535] {
         let config = QueueConfig { size, ..Ring::new(&mem, 16).config };
         let error = VirtQueue::new(config, MAX, 0, &mem.view()).unwrap_err();
-        assert_eq!(error.to_string(), format!("queue size {size} is not a power of two from 1 to 64"));
+        assert_eq!(
+            error.to_string(),
+            format!("queue size {size} is not a power of two (any number for packed rings) from 1 to 64")
+        );
     }
     for size in [1, 2, 64] {
         let config = QueueConfig { size, ..Ring::new(&mem, 16).config };

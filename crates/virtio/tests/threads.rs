@@ -40,7 +40,19 @@ fn race(wanted: u64, poll: Duration) {
     let mut queue = driver.setup_queue(&mem, &mut Arena::new(0x1_0000, 0x8_0000), 0, 64).unwrap();
     driver.driver_ok().unwrap();
     mem.view().write_obj(FLUSH, GuestAddress(0x1000)).unwrap();
+    // Somebody reads the statistics all the time, and with them the counters of the kicks.
+    let stats = registers.stats();
+    let reader = thread::spawn({
+        let (stats, stop) = (stats.clone(), stop.clone());
+        move || {
+            while !stop.load(Ordering::SeqCst) {
+                stats.snapshot();
+                thread::yield_now();
+            }
+        }
+    });
 
+    let mut kicks = 0;
     let total = 20_000;
     let mut done = 0;
     while done < total {
@@ -49,6 +61,7 @@ fn race(wanted: u64, poll: Duration) {
         }
         if queue.publish().unwrap() {
             driver.kick(0).unwrap();
+            kicks += 1;
         }
         while queue.in_flight() > 0 {
             queue.want_interrupt(0).unwrap();
@@ -66,28 +79,51 @@ fn race(wanted: u64, poll: Duration) {
     }
     assert_eq!(image.flushes.load(Ordering::SeqCst), done);
     registers.halt();
+    let [counts] = stats.snapshot().try_into().unwrap();
+    assert_eq!((counts.requests, counts.notifications), (done as u64, kicks));
     stop.store(true, Ordering::SeqCst);
     handle.wake().unwrap();
     worker.join().unwrap();
+    reader.join().unwrap();
 }
 
 #[test]
 fn nothing_is_lost_with_flags() {
-    race(!features::RING_EVENT_IDX, Duration::ZERO);
-}
-
-#[test]
-fn nothing_is_lost_with_event_indices() {
-    race(u64::MAX, Duration::ZERO);
+    race(!features::RING_EVENT_IDX & !features::RING_PACKED, Duration::ZERO);
 }
 
 #[test]
 fn nothing_is_lost_with_flags_and_polling() {
-    race(!features::RING_EVENT_IDX, Duration::from_micros(10));
+    race(!features::RING_EVENT_IDX & !features::RING_PACKED, Duration::from_micros(10));
+}
+
+#[test]
+fn nothing_is_lost_with_event_indices() {
+    race(!features::RING_PACKED, Duration::ZERO);
 }
 
 #[test]
 fn nothing_is_lost_with_event_indices_and_polling() {
+    race(!features::RING_PACKED, Duration::from_micros(10));
+}
+
+#[test]
+fn nothing_is_lost_with_packed_rings_and_flags() {
+    race(!features::RING_EVENT_IDX, Duration::ZERO);
+}
+
+#[test]
+fn nothing_is_lost_with_packed_rings_and_flags_and_polling() {
+    race(!features::RING_EVENT_IDX, Duration::from_micros(10));
+}
+
+#[test]
+fn nothing_is_lost_with_packed_rings_and_event_positions() {
+    race(u64::MAX, Duration::ZERO);
+}
+
+#[test]
+fn nothing_is_lost_with_packed_rings_and_event_positions_and_polling() {
     race(u64::MAX, Duration::from_micros(10));
 }
 

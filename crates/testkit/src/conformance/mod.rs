@@ -99,12 +99,25 @@ impl<T: DriverTransport> Bench<T> {
         Ok(queues)
     }
 
-    /// The device's features without those of formats that the driver side here does not speak.
+    /// All of the device's features.
     ///
     /// # Errors
     /// [`Error::Register`].
     pub fn all_features(&self) -> Result<u64> {
-        Ok(self.driver.device_features()? & !features::RING_PACKED)
+        self.driver.device_features()
+    }
+
+    /// As many features and as few as possible, with split rings, and with packed ones if the device has them.
+    ///
+    /// # Errors
+    /// [`Error::Register`].
+    pub fn ring_features(&self) -> Result<Vec<u64>> {
+        let all = self.all_features()?;
+        let mut sets = vec![all & !features::RING_PACKED, 0];
+        if all & features::RING_PACKED != 0 {
+            sets.extend([all, features::RING_PACKED]);
+        }
+        Ok(sets)
     }
 
     /// Lets the device work until it has nothing to do.
@@ -130,7 +143,7 @@ impl<T: DriverTransport> Bench<T> {
         self.driver.transport().restore()?;
         self.driver.reset()?;
         self.arena = Arena::new(0x1_0000, MEMORY);
-        self.start(!features::RING_PACKED)?;
+        self.start(u64::MAX)?;
         self.settle()
     }
 }
@@ -169,8 +182,7 @@ pub fn is_found<T: DriverTransport>(make: Make<'_>) -> Result<()> {
 /// [`Error::Protocol`].
 pub fn negotiates_features<T: DriverTransport>(make: Make<'_>) -> Result<()> {
     let mut bench = Bench::<T>::on(make())?;
-    let all = bench.all_features()?;
-    for wanted in [all, 0] {
+    for wanted in bench.ring_features()? {
         bench.driver.negotiate(wanted)?;
     }
     for selector in [2, 3, u32::MAX] {
@@ -197,7 +209,7 @@ pub fn negotiates_features<T: DriverTransport>(make: Make<'_>) -> Result<()> {
 /// [`Error::Protocol`].
 pub fn survives_config_accesses<T: DriverTransport>(make: Make<'_>) -> Result<()> {
     let mut bench = Bench::<T>::on(make())?;
-    bench.start(!features::RING_PACKED)?;
+    bench.start(u64::MAX)?;
     let (device, range) = bench.driver.transport().config_range();
     storm(&device, range.start, range.end);
     bench.settle()?;
@@ -307,8 +319,8 @@ pub fn resets<T: DriverTransport>(make: Make<'_>) -> Result<()> {
     bench.driver.reset()?;
     bench.driver.negotiate(0)?;
     bench.driver.reset()?;
-    for _ in 0..3 {
-        let queues = bench.start(!features::RING_PACKED)?;
+    for wanted in bench.ring_features()?.repeat(2) {
+        let queues = bench.start(wanted)?;
         for index in 0..queues.len() {
             bench.driver.kick(u16::try_from(index).unwrap_or(0))?;
         }
@@ -335,7 +347,7 @@ pub fn pauses_and_resumes<T: DriverTransport>(make: Make<'_>) -> Result<()> {
     // A device that no driver has touched.
     lifecycle(&mut bench, "pause", |d| d.pause())?;
     lifecycle(&mut bench, "resume", |d| d.resume())?;
-    let queues = bench.start(!features::RING_PACKED)?;
+    let queues = bench.start(u64::MAX)?;
     let before = bench.driver.status()?;
     for _ in 0..2 {
         lifecycle(&mut bench, "pause", |d| d.pause())?;
@@ -370,8 +382,7 @@ fn lifecycle<T: DriverTransport>(
 pub fn survives_hostile_chains<T: DriverTransport>(make: Make<'_>) -> Result<()> {
     let mut bench = Bench::<T>::on(make())?;
     let count = bench.driver.queue_count()?;
-    let all = bench.all_features()?;
-    for wanted in [all, 0] {
+    for wanted in bench.ring_features()? {
         for (seed, case) in (0..).zip(Hostile::ALL) {
             for index in 0..count {
                 bench.arena = Arena::new(0x1_0000, MEMORY);

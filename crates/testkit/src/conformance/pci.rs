@@ -49,7 +49,7 @@ pub fn describes_itself(make: Make<'_>) -> Result<()> {
 /// [`Error::Protocol`](crate::Error::Protocol).
 pub fn survives_function_accesses(make: Make<'_>) -> Result<()> {
     let mut bench = Bench::pci(make())?;
-    bench.start(!features::RING_PACKED)?;
+    bench.start(u64::MAX)?;
     let mut source = Source::seed(5);
     let id = bench.driver.transport().config_read(0, 4)?;
     for value in [0, u32::MAX, source.next_u32()] {
@@ -81,7 +81,7 @@ pub fn survives_function_accesses(make: Make<'_>) -> Result<()> {
 /// [`Error::Protocol`](crate::Error::Protocol).
 pub fn follows_its_bar(make: Make<'_>) -> Result<()> {
     let mut bench = Bench::pci(make())?;
-    bench.start(!features::RING_PACKED)?;
+    bench.start(u64::MAX)?;
     let pci = bench.driver.transport().clone();
     let before = bench.driver.status()?;
     let ranges = pci.bus().ranges().len();
@@ -130,7 +130,7 @@ pub fn follows_its_bar(make: Make<'_>) -> Result<()> {
 /// [`Error::Protocol`](crate::Error::Protocol).
 pub fn survives_vector_accesses(make: Make<'_>) -> Result<()> {
     let mut bench = Bench::pci(make())?;
-    bench.start(!features::RING_PACKED)?;
+    bench.start(u64::MAX)?;
     let pci = bench.driver.transport().clone();
     let mut source = Source::seed(7);
     let ranges = pci.register_ranges();
@@ -257,7 +257,7 @@ pub fn opens_a_window(make: Make<'_>) -> Result<()> {
         format!("status {now:#x}")
     })?;
     pci.config_write(COMMAND, 2, 6)?;
-    bench.start(!features::RING_PACKED)?;
+    bench.start(u64::MAX)?;
     let mut source = Source::seed(13);
     for _ in 0..20_000 {
         let bar = if source.below(4) == 0 { source.next_u32().to_le_bytes()[0] } else { bar };

@@ -1,16 +1,18 @@
 //! The driver's side of virtio 1.2, written from the specification and from nothing else: what a guest would do, well-behaved
 //! or not.
 //!
-//! [`DriverQueue`] lays a virtqueue out in guest memory and uses it. [`VirtioDriver`] finds, negotiates and configures a device,
-//! behind the virtio-mmio registers ([`MmioDriver`]) or as a function of PCI ([`PciDriver`]). Neither checks what a hostile test
-//! asks of it: every field of the rings and every register can be written with anything.
+//! [`DriverQueue`] lays a virtqueue of either format out in guest memory and uses it. [`VirtioDriver`] finds, negotiates and
+//! configures a device, behind the virtio-mmio registers ([`MmioDriver`]) or as a function of PCI ([`PciDriver`]). Neither checks
+//! what a hostile test asks of it: every field of the rings and every register can be written with anything.
 
 mod mmio;
+mod packed;
 mod pci;
 mod queue;
 mod transport;
 
 pub use mmio::{MmioDriver, MmioRegisters, regs};
+pub use packed::{packed_event, packed_flags};
 pub use pci::{PciDriver, PciPart, PciRegisters, common};
 pub use queue::{Arena, Buffer, Desc, DriverQueue, Used, desc_flags};
 pub use transport::{DriverTransport, Registers, VirtioDriver};

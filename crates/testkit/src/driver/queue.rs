@@ -1,10 +1,12 @@
-//! A split virtqueue from the driver's side (virtio 1.2, section 2.7).
+//! A virtqueue from the driver's side (virtio 1.2, sections 2.7 and 2.8): what both formats have in common, and split rings.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use freestone_memory::{AtomicAccess, Bytes, GuestAddress, GuestMem};
 
+use super::features;
+use super::packed::{PackedRing, packed_event};
 use crate::{Error, Result};
 
 /// Bits of a descriptor's flags (2.7.5).
@@ -21,7 +23,7 @@ pub mod desc_flags {
 const NO_INTERRUPT: u16 = 1;
 /// Used ring flag: the device wants no kicks.
 const NO_NOTIFY: u16 = 1;
-const DESC_SIZE: u64 = 16;
+pub(super) const DESC_SIZE: u64 = 16;
 
 /// Hands out guest memory for queues and buffers, and never takes it back.
 #[derive(Debug, Clone)]
@@ -86,7 +88,7 @@ pub struct Desc {
     pub len: u32,
     /// [`desc_flags`].
     pub flags: u16,
-    /// Next descriptor, if flagged.
+    /// Next descriptor, if flagged; in a packed queue, the buffer id.
     pub next: u16,
 }
 
@@ -98,6 +100,17 @@ impl Desc {
             | u128::from(self.flags) << 96
             | u128::from(self.next) << 112;
         value.to_le_bytes()
+    }
+
+    /// As it is in the memory of a packed queue: `next` is the buffer id, and stands before the flags (2.8.13).
+    pub fn to_packed_bytes(self) -> [u8; 16] {
+        Self { flags: self.next, next: self.flags, ..self }.to_bytes()
+    }
+
+    /// From the memory of a packed queue.
+    pub fn from_packed_bytes(bytes: [u8; 16]) -> Self {
+        let swapped = Self::from_bytes(bytes);
+        Self { flags: swapped.next, next: swapped.flags, ..swapped }
     }
 
     /// From memory.
@@ -115,21 +128,23 @@ impl Desc {
 /// A chain that the device has used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Used {
-    /// First descriptor of the chain, as [`DriverQueue::add_chain`] returned it.
+    /// First descriptor or buffer id of the chain, as [`DriverQueue::add_chain`] returned it.
     pub head: u16,
     /// Bytes the device says it wrote.
     pub len: u32,
 }
 
-/// A split virtqueue in guest memory, used as a driver would.
+/// A virtqueue in guest memory, used as a driver would.
 #[derive(Debug)]
 pub struct DriverQueue {
-    mem: GuestMem,
-    size: u16,
-    desc: u64,
-    avail: u64,
-    used: u64,
-    event_idx: bool,
+    pub(super) mem: GuestMem,
+    pub(super) size: u16,
+    pub(super) desc: u64,
+    pub(super) avail: u64,
+    pub(super) used: u64,
+    pub(super) event_idx: bool,
+    /// The driver's position, if the queue is packed; then what follows is not used.
+    pub(super) packed: Option<PackedRing>,
     free: Vec<u16>,
     in_flight: BTreeMap<u16, Vec<u16>>,
     /// Avail index as the driver counts it, and as far as the device has been told.
@@ -139,7 +154,31 @@ pub struct DriverQueue {
 }
 
 impl DriverQueue {
-    /// Lays a queue of `size` descriptors out in memory of `arena` and zeroes it.
+    /// Lays a queue out in the format, and with the event indices, that were negotiated with `bits`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn negotiated(mem: &GuestMem, arena: &mut Arena, size: u16, bits: u64) -> Result<Self> {
+        let make = if bits & features::RING_PACKED != 0 { Self::new_packed } else { Self::new };
+        Ok(make(mem, arena, size)?.with_event_idx(bits & features::EVENT_IDX != 0))
+    }
+
+    /// Lays a packed queue of `size` descriptors out in memory of `arena` and zeroes it. `size` is from 1 to 32768 (2.8.10.1)
+    /// unless the test means to break that.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn new_packed(mem: &GuestMem, arena: &mut Arena, size: u16) -> Result<Self> {
+        let queue = Self::new(mem, arena, size)?;
+        Ok(Self { packed: Some(PackedRing::new(size)), ..queue })
+    }
+
+    /// Whether the queue is packed.
+    pub fn is_packed(&self) -> bool {
+        self.packed.is_some()
+    }
+
+    /// Lays a split queue of `size` descriptors out in memory of `arena` and zeroes it.
     ///
     /// `size` is a power of two up to 32768 (2.7) unless the test means to break that.
     ///
@@ -150,7 +189,8 @@ impl DriverQueue {
         // Both rings end with the event index of EVENT_IDX.
         let (desc_len, avail_len, used_len) = (DESC_SIZE * n, 6 + 2 * n, 6 + 8 * n);
         let desc = arena.alloc(desc_len, 16)?;
-        let avail = arena.alloc(avail_len, 2)?;
+        // Aligned for the event suppression structure of a packed queue as well.
+        let avail = arena.alloc(avail_len, 4)?;
         let used = arena.alloc(used_len, 4)?;
         let queue = Self {
             mem: mem.clone(),
@@ -159,6 +199,7 @@ impl DriverQueue {
             avail,
             used,
             event_idx: false,
+            packed: None,
             free: (0..size).rev().collect(),
             in_flight: BTreeMap::new(),
             next_avail: 0,
@@ -183,17 +224,17 @@ impl DriverQueue {
         self.size
     }
 
-    /// Guest-physical address of the descriptor table.
+    /// Guest-physical address of the descriptor area: the descriptor table or the packed ring.
     pub fn desc_addr(&self) -> u64 {
         self.desc
     }
 
-    /// Guest-physical address of the avail ring.
+    /// Guest-physical address of the driver area: the avail ring or the driver's event suppression structure.
     pub fn avail_addr(&self) -> u64 {
         self.avail
     }
 
-    /// Guest-physical address of the used ring.
+    /// Guest-physical address of the device area: the used ring or the device's event suppression structure.
     pub fn used_addr(&self) -> u64 {
         self.used
     }
@@ -205,14 +246,17 @@ impl DriverQueue {
 
     /// Chains that the device has and has not used.
     pub fn in_flight(&self) -> usize {
-        self.in_flight.len()
+        self.packed.as_ref().map_or(self.in_flight.len(), PackedRing::in_flight)
     }
 
-    /// Adds a chain of direct descriptors; returns its head. The device sees it after [`publish`](Self::publish).
+    /// Adds a chain of direct descriptors; returns its head, or its buffer id in a packed queue. The device sees it after [`publish`](Self::publish).
     ///
     /// # Errors
     /// [`Error::Full`] if there are too few free descriptors or `buffers` is empty.
     pub fn add_chain(&mut self, buffers: &[Buffer]) -> Result<u16> {
+        if self.packed.is_some() {
+            return self.packed_add(buffers);
+        }
         let at = match self.free.len().checked_sub(buffers.len()) {
             Some(at) if !buffers.is_empty() => at,
             _ => {
@@ -235,6 +279,9 @@ impl DriverQueue {
     pub fn add_indirect(&mut self, arena: &mut Arena, buffers: &[Buffer]) -> Result<u16> {
         let bytes = DESC_SIZE * buffers.len() as u64;
         let table = arena.alloc(bytes, 16)?;
+        if self.packed.is_some() {
+            return self.packed_add_indirect(table, buffers);
+        }
         for ((i, buffer), next) in (0u64..).zip(buffers).zip(1u16..) {
             let more = usize::from(next) < buffers.len();
             let desc = descriptor(buffer, more.then_some(next));
@@ -246,7 +293,8 @@ impl DriverQueue {
         self.offer(vec![index])
     }
 
-    /// Puts `head` into the avail ring whatever it is: for chains written by hand. Not freed when used.
+    /// Puts `head` into the avail ring whatever it is: for chains written by hand. Not freed when used. Split queues only: in a
+    /// packed one a descriptor offers itself by its flags.
     ///
     /// # Errors
     /// [`Error::Memory`].
@@ -269,6 +317,9 @@ impl DriverQueue {
     /// # Errors
     /// [`Error::Memory`].
     pub fn publish(&mut self) -> Result<bool> {
+        if self.packed.is_some() {
+            return self.packed_publish();
+        }
         let old = self.published;
         self.store(self.avail + 2, self.next_avail)?;
         self.published = self.next_avail;
@@ -287,6 +338,9 @@ impl DriverQueue {
     /// # Errors
     /// [`Error::Protocol`] if the device reports a chain that it does not have, [`Error::Memory`].
     pub fn used(&mut self) -> Result<Option<Used>> {
+        if self.packed.is_some() {
+            return self.packed_used();
+        }
         if self.last_used == self.used_idx()? {
             return Ok(None);
         }
@@ -301,11 +355,15 @@ impl DriverQueue {
         Ok(Some(Used { head, len }))
     }
 
-    /// Asks for an interrupt once the device has used `ahead` more chains than the driver has seen; 0: the very next.
+    /// Asks for an interrupt once the device has used `ahead` more chains than the driver has seen; 0: the very next. In a packed
+    /// queue `ahead` counts descriptors.
     ///
     /// # Errors
     /// [`Error::Memory`].
     pub fn want_interrupt(&self, ahead: u16) -> Result<()> {
+        if let Some(ring) = &self.packed {
+            return self.packed_want_interrupt(ring, ahead);
+        }
         if self.event_idx {
             self.set_used_event(self.last_used.wrapping_add(ahead))
         } else {
@@ -318,6 +376,9 @@ impl DriverQueue {
     /// # Errors
     /// [`Error::Memory`].
     pub fn suppress_interrupts(&self) -> Result<()> {
+        if self.packed.is_some() {
+            return self.set_driver_event(packed_event::DISABLE);
+        }
         if self.event_idx {
             // As far away as possible.
             self.set_used_event(self.last_used.wrapping_sub(1))
@@ -326,14 +387,15 @@ impl DriverQueue {
         }
     }
 
-    // Every field, for tests that know what they break.
+    // Every field, for tests that know what they break. Those that name a ring or an index are of split queues.
 
-    /// Writes a descriptor; any index.
+    /// Writes a descriptor, in the format of the queue; any index.
     ///
     /// # Errors
     /// [`Error::Memory`].
     pub fn set_desc(&self, index: u16, desc: Desc) -> Result<()> {
-        self.write(self.desc + u64::from(index) * DESC_SIZE, &desc.to_bytes())
+        let bytes = if self.is_packed() { desc.to_packed_bytes() } else { desc.to_bytes() };
+        self.write(self.desc + u64::from(index) * DESC_SIZE, &bytes)
     }
 
     /// Reads a descriptor.
@@ -348,7 +410,7 @@ impl DriverQueue {
             len: bytes.len(),
             source,
         })?;
-        Ok(Desc::from_bytes(bytes))
+        Ok(if self.is_packed() { Desc::from_packed_bytes(bytes) } else { Desc::from_bytes(bytes) })
     }
 
     /// Writes an element of the avail ring.
@@ -425,23 +487,23 @@ impl DriverQueue {
         Ok((self.load(at)?, self.load(at + 4)?))
     }
 
-    fn write(&self, gpa: u64, data: &[u8]) -> Result<()> {
+    pub(super) fn write(&self, gpa: u64, data: &[u8]) -> Result<()> {
         let written = self.mem.view().write_slice(data, GuestAddress(gpa));
         written.map_err(|source| Error::Memory { gpa, len: data.len(), source })
     }
 
-    fn load<T: AtomicAccess>(&self, gpa: u64) -> Result<T> {
+    pub(super) fn load<T: AtomicAccess>(&self, gpa: u64) -> Result<T> {
         let loaded = self.mem.view().load(GuestAddress(gpa), Ordering::Acquire);
         loaded.map_err(|source| Error::Memory { gpa, len: size_of::<T>(), source })
     }
 
-    fn store<T: AtomicAccess>(&self, gpa: u64, value: T) -> Result<()> {
+    pub(super) fn store<T: AtomicAccess>(&self, gpa: u64, value: T) -> Result<()> {
         let stored = self.mem.view().store(value, GuestAddress(gpa), Ordering::Release);
         stored.map_err(|source| Error::Memory { gpa, len: size_of::<T>(), source })
     }
 }
 
-fn descriptor(buffer: &Buffer, next: Option<u16>) -> Desc {
+pub(super) fn descriptor(buffer: &Buffer, next: Option<u16>) -> Desc {
     let write = if buffer.writable { desc_flags::WRITE } else { 0 };
     let more = if next.is_some() { desc_flags::NEXT } else { 0 };
     Desc { addr: buffer.gpa, len: buffer.len, flags: write | more, next: next.unwrap_or(0) }

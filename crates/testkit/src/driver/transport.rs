@@ -278,8 +278,7 @@ impl<T: DriverTransport> VirtioDriver<T> {
             return Err(Error::protocol("queue", "3.1.1", format!("there is no queue {index}")));
         }
         let size = u16::try_from(max).unwrap_or(u16::MAX).min(size);
-        let queue =
-            DriverQueue::new(mem, arena, size)?.with_event_idx(self.negotiated & features::EVENT_IDX != 0);
+        let queue = DriverQueue::negotiated(mem, arena, size, self.negotiated)?;
         self.enable_queue(index, &queue)?;
         Ok(queue)
     }

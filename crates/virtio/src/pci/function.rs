@@ -9,6 +9,7 @@ use freestone_memory::GuestMem;
 
 use super::registers::{self, PciOps, Registers, Shared};
 use crate::device::{DeviceInfo, DeviceType, VirtioDevice};
+use crate::stats::DeviceStats;
 use crate::transport::DeviceCore;
 use crate::{Error, Result};
 
@@ -102,6 +103,18 @@ impl PciTransport {
         let bar = BarMapping::new(bars.clone(), bar_len, Arc::clone(&registers) as Arc<dyn IoDevice>);
         let function = Mutex::new(Function { space, bar, bar_len, window, gone: false });
         Ok(Self { registers, function, bars, first_bar })
+    }
+
+    /// As [`DeviceCore::with_stats`].
+    #[must_use]
+    pub fn with_stats(self, stats: DeviceStats) -> Self {
+        self.registers.lock().set_stats(stats);
+        self
+    }
+
+    /// As [`DeviceCore::stats`].
+    pub fn stats(&self) -> DeviceStats {
+        self.registers.lock().stats()
     }
 
     /// As [`DeviceCore::pause`].

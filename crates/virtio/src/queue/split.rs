@@ -2,18 +2,16 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use freestone_memory::{Bytes, GuestAddress, GuestMemoryBackend, MemorySlice, MemoryView};
-use virtio_bindings::bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-    VRING_USED_F_NO_NOTIFY,
-};
+use freestone_memory::{Bytes, MemoryView};
+use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueT};
 
-use super::{Chain, ChainBuffers, VirtQueue, contiguous};
+use super::descriptor::{DESCRIPTOR_SIZE, Element, add_buffer, flag, indirect_table};
+use super::meter::Meter;
+use super::{Areas, ChainBuffers, Limits, QueueConfig};
 use crate::{Error, Result};
 
-/// Bytes of one descriptor.
-const DESCRIPTOR_SIZE: usize = 16;
 /// Both rings begin with 16 bits of flags and a 16-bit index.
 const RING_INDEX: usize = 2;
 const RING_ENTRIES: usize = 4;
@@ -23,119 +21,139 @@ const USED_ENTRY: usize = 8;
 const EVENT_SIZE: usize = 2;
 
 #[expect(clippy::cast_possible_truncation, reason = "all flags are 16 bits wide")]
-mod flag {
-    use super::*;
-    pub const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-    pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-    pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
-    pub const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
-    pub const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
+const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
+#[expect(clippy::cast_possible_truncation, reason = "all flags are 16 bits wide")]
+const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
+
+/// The device's position in a split queue.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Position {
+    /// Next entry of the available ring to take.
+    pub next_avail: u16,
+    /// The driver's available index as last read: entries before it can be taken without looking again.
+    seen_avail: u16,
+    /// Next entry of the used ring to fill.
+    pub next_used: u16,
+    /// The used index that the driver can see.
+    published: u16,
+    /// The used index when the driver was last considered for an interrupt.
+    signalled: u16,
+    /// Whether the driver was asked to kick.
+    kicks_wanted: bool,
 }
 
-/// The three parts of a split queue in guest memory.
+impl Position {
+    pub(super) fn new(next_avail: u16, next_used: u16) -> Self {
+        Self {
+            next_avail,
+            seen_avail: next_avail,
+            next_used,
+            published: next_used,
+            signalled: next_used,
+            kicks_wanted: true,
+        }
+    }
+}
+
+/// Checks what can be checked without memory: size and alignment.
+pub(super) fn check(limits: &Limits) -> Result<()> {
+    let Limits { config, max_size, .. } = *limits;
+    let refused = || Error::QueueSize { size: config.size, max: max_size };
+    let mut queue = Queue::new(max_size).map_err(|_| refused())?;
+    queue.try_set_size(config.size).map_err(|_| refused())?;
+    let layout = |part, addr| Error::QueueLayout { part, addr, size: config.size };
+    queue
+        .try_set_desc_table_address(freestone_memory::GuestAddress(config.descriptors))
+        .map_err(|_| layout("descriptor table", config.descriptors))?;
+    queue
+        .try_set_avail_ring_address(freestone_memory::GuestAddress(config.driver))
+        .map_err(|_| layout("available ring", config.driver))?;
+    queue
+        .try_set_used_ring_address(freestone_memory::GuestAddress(config.device))
+        .map_err(|_| layout("used ring", config.device))
+}
+
+/// Where the rings are: names of the parts, guest-physical addresses and lengths in bytes.
+pub(super) fn layout(config: &QueueConfig) -> [(&'static str, u64, usize); 3] {
+    let size = usize::from(config.size);
+    [
+        ("descriptor table", config.descriptors, DESCRIPTOR_SIZE * size),
+        ("available ring", config.driver, RING_ENTRIES + AVAIL_ENTRY * size + EVENT_SIZE),
+        ("used ring", config.device, RING_ENTRIES + USED_ENTRY * size + EVENT_SIZE),
+    ]
+}
+
+/// A split queue that is being worked on.
 #[derive(Debug)]
-pub(super) struct Rings<'m> {
-    descriptors: MemorySlice<'m>,
-    avail: MemorySlice<'m>,
-    used: MemorySlice<'m>,
+pub(super) struct Split<'a, 'm> {
+    pub limits: &'a Limits,
+    pub at: &'a mut Position,
+    pub areas: &'a Areas<'m>,
+    pub view: &'m MemoryView,
 }
 
-impl<'m> Rings<'m> {
-    /// Looks up the rings of `queue`.
-    ///
-    /// Each must lie in one region of guest memory. Regions are much larger and more strictly aligned than rings, so an
-    /// allocator that hands out naturally aligned blocks never makes one that does not.
-    pub(super) fn find(queue: &VirtQueue, view: &'m MemoryView) -> Result<Self> {
-        let config = queue.config;
-        let size = usize::from(config.size);
-        let part = |part, addr, len| {
-            contiguous(view, addr, len).ok_or(Error::QueueLayout { part, addr, size: config.size })
-        };
-        Ok(Self {
-            descriptors: part("descriptor table", config.descriptors, DESCRIPTOR_SIZE * size)?,
-            avail: part("available ring", config.driver, RING_ENTRIES + AVAIL_ENTRY * size + EVENT_SIZE)?,
-            used: part("used ring", config.device, RING_ENTRIES + USED_ENTRY * size + EVENT_SIZE)?,
-        })
-    }
-}
-
-/// A queue that is being worked on. See [`VirtQueue::attach`].
-#[derive(Debug)]
-pub struct AttachedQueue<'q, 'm> {
-    queue: &'q mut VirtQueue,
-    rings: Rings<'m>,
-    view: &'m MemoryView,
-}
-
-impl<'q, 'm> AttachedQueue<'q, 'm> {
-    pub(super) fn new(queue: &'q mut VirtQueue, rings: Rings<'m>, view: &'m MemoryView) -> Self {
-        Self { queue, rings, view }
+impl<'m> Split<'_, 'm> {
+    fn size(&self) -> u16 {
+        self.limits.config.size
     }
 
-    /// Entries.
-    pub fn size(&self) -> u16 {
-        self.queue.config.size
-    }
-
-    /// Takes the next request, if there is one, and puts its buffers into `buffers`.
-    ///
-    /// Descriptors of length 0 have no part in the buffers, whatever their address.
-    ///
-    /// # Errors
-    /// Any of the errors that say that the driver broke the ring. The queue must then not be used until a reset.
-    pub fn pop(&mut self, buffers: &mut ChainBuffers<'m>) -> Result<Option<Chain>> {
-        if self.queue.next_avail == self.queue.seen_avail && !self.look()? {
+    /// Takes the next request; returns its head.
+    #[inline(always)]
+    pub(super) fn pop(&mut self, buffers: &mut ChainBuffers<'m>, meter: &mut Meter) -> Result<Option<u16>> {
+        if self.at.next_avail == self.at.seen_avail && !self.look(meter)? {
             return Ok(None);
         }
-        let slot = usize::from(self.queue.next_avail & (self.size() - 1));
-        let head = u16::from_le(self.rings.avail.load(RING_ENTRIES + AVAIL_ENTRY * slot, Ordering::Relaxed)?);
+        let slot = usize::from(self.at.next_avail & (self.size() - 1));
+        let head =
+            u16::from_le(self.areas.driver.load(RING_ENTRIES + AVAIL_ENTRY * slot, Ordering::Relaxed)?);
         buffers.clear();
         self.walk(head, buffers)?;
-        self.queue.next_avail = self.queue.next_avail.wrapping_add(1);
-        Ok(Some(Chain { head }))
+        self.at.next_avail = self.at.next_avail.wrapping_add(1);
+        Ok(Some(head))
     }
 
-    /// Whether a request waits.
-    ///
-    /// # Errors
-    /// [`Error::AvailIndex`] if the driver's index is impossible.
-    pub fn has_next(&mut self) -> Result<bool> {
-        Ok(self.queue.next_avail != self.queue.seen_avail || self.look()?)
+    #[inline(always)]
+    pub(super) fn has_next(&mut self, meter: &mut Meter) -> Result<bool> {
+        Ok(self.at.next_avail != self.at.seen_avail || self.look(meter)?)
     }
 
     /// Reads the driver's index; whether it is ahead of ours. Orders what follows after it.
-    fn look(&mut self) -> Result<bool> {
-        let index = u16::from_le(self.rings.avail.load(RING_INDEX, Ordering::Acquire)?);
-        let ahead = index.wrapping_sub(self.queue.next_avail);
+    #[inline(always)]
+    fn look(&mut self, meter: &mut Meter) -> Result<bool> {
+        let index = u16::from_le(self.areas.driver.load(RING_INDEX, Ordering::Acquire)?);
+        let ahead = index.wrapping_sub(self.at.next_avail);
         if ahead > self.size() {
             return Err(Error::AvailIndex { ahead, size: self.size() });
         }
-        self.queue.seen_avail = index;
+        self.at.seen_avail = index;
+        meter.saw(ahead);
         Ok(ahead != 0)
     }
 
     /// Collects the buffers of the chain that begins at `head`.
+    #[inline(always)]
     fn walk(&self, head: u16, buffers: &mut ChainBuffers<'m>) -> Result<()> {
-        let mut table = self.rings.descriptors;
+        let mut table = self.areas.descriptors;
         let mut entries = self.size();
         let mut indirect = false;
         let mut index = head;
         // "A driver MUST NOT create a descriptor chain longer than the Queue Size of the device" (2.7.5.3.1), which may be
         // more than the size that the driver chose.
-        let max = self.queue.max_size;
+        let max = self.limits.max_size;
         for _ in 0..=max {
             if index >= entries {
                 return Err(Error::DescriptorIndex { index, size: entries });
             }
             let descriptor: Descriptor = table.read_obj(usize::from(index) * DESCRIPTOR_SIZE)?;
-            let flags = descriptor.flags();
+            let (addr, len, flags) = (descriptor.addr().0, descriptor.len(), descriptor.flags());
+            let element = Element { addr, len, flags };
             if flags & flag::INDIRECT != 0 {
-                (table, entries) = self.indirect(&descriptor, indirect)?;
+                (table, entries) = indirect_table(self.view, element, indirect)?;
                 indirect = true;
                 index = 0;
                 continue;
             }
-            self.add_buffer(&descriptor, buffers)?;
+            add_buffer(self.view, element, buffers)?;
             if flags & flag::NEXT == 0 {
                 return Ok(());
             }
@@ -144,132 +162,63 @@ impl<'q, 'm> AttachedQueue<'q, 'm> {
         Err(Error::ChainTooLong { max })
     }
 
-    /// The table that an indirect descriptor refers to (2.7.5.3).
-    fn indirect(&self, descriptor: &Descriptor, nested: bool) -> Result<(MemorySlice<'m>, u16)> {
-        let (addr, len) = (descriptor.addr().0, descriptor.len());
-        let refuse = |reason| Err(Error::Indirect { addr, len, reason });
-        if nested {
-            return refuse("it is inside another");
-        }
-        if descriptor.flags() & flag::NEXT != 0 {
-            return refuse("its descriptor has a next one");
-        }
-        let bytes = len as usize;
-        if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_SIZE) {
-            return refuse("its length is not that of one or more descriptors");
-        }
-        let Ok(entries) = u16::try_from(bytes / DESCRIPTOR_SIZE) else {
-            return refuse("it has more than 65535 descriptors");
-        };
-        match contiguous(self.view, addr, bytes) {
-            Some(table) => Ok((table, entries)),
-            None => refuse("it is not in one range of guest memory"),
-        }
+    #[inline(always)]
+    pub(super) fn push_used(&mut self, head: u16, len: u32) -> Result<()> {
+        let slot = usize::from(self.at.next_used & (self.size() - 1));
+        let entry = u64::from(len) << 32 | u64::from(head);
+        self.areas.device.write_slice(&entry.to_le_bytes(), RING_ENTRIES + USED_ENTRY * slot)?;
+        self.at.next_used = self.at.next_used.wrapping_add(1);
+        Ok(())
     }
 
-    fn add_buffer(&self, descriptor: &Descriptor, buffers: &mut ChainBuffers<'m>) -> Result<()> {
-        let writable = descriptor.flags() & flag::WRITE != 0;
-        let (addr, len) = (descriptor.addr(), descriptor.len());
-        buffers.account(len, writable)?;
-        if len == 0 {
-            return Ok(());
-        }
-        if let Some(slice) = contiguous(self.view, addr.0, len as usize) {
-            buffers.push(slice, writable);
-            return Ok(());
-        }
-        self.add_scattered(addr, len, writable, buffers)
-    }
-
-    /// A buffer that spans adjacent regions, or is not in memory at all.
-    #[cold]
-    fn add_scattered(
-        &self,
-        addr: GuestAddress,
-        len: u32,
-        writable: bool,
-        buffers: &mut ChainBuffers<'m>,
-    ) -> Result<()> {
-        for slice in GuestMemoryBackend::get_slices(&**self.view, addr, len as usize) {
-            buffers.push(slice.map_err(|_| Error::Buffer { addr: addr.0, len })?, writable);
+    #[inline(always)]
+    pub(super) fn publish(&mut self) -> Result<()> {
+        if self.at.published != self.at.next_used {
+            self.areas.device.store(self.at.next_used.to_le(), RING_INDEX, Ordering::Release)?;
+            self.at.published = self.at.next_used;
         }
         Ok(())
     }
 
-    /// Gives a request back, of whose device-writable bytes the first `len` were written.
-    ///
-    /// The driver sees it after [`publish`](Self::publish). `chain` must be of this queue and of this side of its last reset.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if guest memory does not take the entry.
-    pub fn push_used(&mut self, chain: Chain, len: u32) -> Result<()> {
-        let slot = usize::from(self.queue.next_used & (self.size() - 1));
-        let entry = u64::from(len) << 32 | u64::from(chain.head);
-        self.rings.used.write_slice(&entry.to_le_bytes(), RING_ENTRIES + USED_ENTRY * slot)?;
-        self.queue.next_used = self.queue.next_used.wrapping_add(1);
-        Ok(())
-    }
-
-    /// Shows the driver all requests that were given back, in one update.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if guest memory does not take the index.
-    pub fn publish(&mut self) -> Result<()> {
-        if self.queue.published != self.queue.next_used {
-            self.rings.used.store(self.queue.next_used.to_le(), RING_INDEX, Ordering::Release)?;
-            self.queue.published = self.queue.next_used;
-        }
-        Ok(())
-    }
-
-    /// Whether the driver wants an interrupt for what was published since the last time this was asked (2.7.7, 2.7.10).
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if guest memory cannot be read.
-    pub fn needs_interrupt(&mut self) -> Result<bool> {
-        let (old, new) = (self.queue.signalled, self.queue.published);
+    /// Whether the driver wants an interrupt (2.7.7, 2.7.10); `None` if there is nothing to interrupt for.
+    #[inline(always)]
+    pub(super) fn needs_interrupt(&mut self) -> Result<Option<bool>> {
+        let (old, new) = (self.at.signalled, self.at.published);
         if old == new {
-            return Ok(false);
+            return Ok(None);
         }
-        self.queue.signalled = new;
+        self.at.signalled = new;
         // The driver enables interrupts and then looks at the used index; we do the reverse.
         fence(Ordering::SeqCst);
-        if self.queue.event_idx {
+        if self.limits.event_idx {
             let at = RING_ENTRIES + AVAIL_ENTRY * usize::from(self.size());
-            let event = u16::from_le(self.rings.avail.load(at, Ordering::Relaxed)?);
-            return Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old));
+            let event = u16::from_le(self.areas.driver.load(at, Ordering::Relaxed)?);
+            return Ok(Some(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)));
         }
-        Ok(u16::from_le(self.rings.avail.load(0, Ordering::Relaxed)?) & flag::NO_INTERRUPT == 0)
+        Ok(Some(u16::from_le(self.areas.driver.load(0, Ordering::Relaxed)?) & NO_INTERRUPT == 0))
     }
 
-    /// Asks the driver not to kick: the device looks by itself. The driver may kick all the same.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if guest memory does not take the flag.
-    pub fn disable_kicks(&mut self) -> Result<()> {
+    #[inline(always)]
+    pub(super) fn disable_kicks(&mut self) -> Result<()> {
         // With event indices, a driver kicks once when it passes the index, and that is already behind it.
-        if self.queue.kicks_wanted && !self.queue.event_idx {
-            self.rings.used.store(flag::NO_NOTIFY.to_le(), 0, Ordering::Relaxed)?;
+        if self.at.kicks_wanted && !self.limits.event_idx {
+            self.areas.device.store(NO_NOTIFY.to_le(), 0, Ordering::Relaxed)?;
         }
-        self.queue.kicks_wanted = false;
+        self.at.kicks_wanted = false;
         Ok(())
     }
 
-    /// Asks the driver to kick for the next request. Returns whether one came before the driver could know: then it may not
-    /// kick, and the device must go on by itself.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if guest memory does not take the flag, [`Error::AvailIndex`] if the driver's index is impossible.
-    pub fn enable_kicks(&mut self) -> Result<bool> {
-        if self.queue.event_idx {
+    #[inline(always)]
+    pub(super) fn enable_kicks(&mut self, meter: &mut Meter) -> Result<bool> {
+        if self.limits.event_idx {
             let at = RING_ENTRIES + USED_ENTRY * usize::from(self.size());
-            self.rings.used.store(self.queue.next_avail.to_le(), at, Ordering::Relaxed)?;
-        } else if !self.queue.kicks_wanted {
-            self.rings.used.store(0u16, 0, Ordering::Relaxed)?;
+            self.areas.device.store(self.at.next_avail.to_le(), at, Ordering::Relaxed)?;
+        } else if !self.at.kicks_wanted {
+            self.areas.device.store(0u16, 0, Ordering::Relaxed)?;
         }
-        self.queue.kicks_wanted = true;
+        self.at.kicks_wanted = true;
         // The driver adds a request and then looks whether to kick; we do the reverse.
         fence(Ordering::SeqCst);
-        self.has_next()
+        self.has_next(meter)
     }
 }

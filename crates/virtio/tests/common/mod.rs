@@ -37,7 +37,20 @@ pub fn memory() -> GuestMem {
         .unwrap()
 }
 
-/// The driver's side of a split queue.
+/// Whether the driver here uses packed rings: in tests whose name says so, which run the tests of other files once more.
+pub fn packed() -> bool {
+    env!("CARGO_CRATE_NAME").ends_with("_packed")
+}
+
+/// What a driver that wants `wanted` accepts, in the format of this test.
+pub fn in_format(wanted: u64) -> u64 {
+    if packed() { wanted | features::RING_PACKED } else { wanted & !features::RING_PACKED }
+}
+
+const PACKED_AVAIL: u16 = 1 << 7;
+const PACKED_USED: u16 = 1 << 15;
+
+/// The driver's side of a queue in the format of this test.
 #[derive(Debug, Clone)]
 pub struct Ring {
     pub mem: GuestMem,
@@ -45,6 +58,11 @@ pub struct Ring {
     pub next_descriptor: u16,
     pub avail: u16,
     pub seen_used: u16,
+    /// Descriptors of each chain in a packed ring, by its first, and the wrap counter of the next chain.
+    pub lengths: std::collections::BTreeMap<u16, u16>,
+    pub wrap: bool,
+    pub used_wrap: bool,
+    pub last: Vec<(u64, u32, bool)>,
 }
 
 impl Ring {
@@ -55,7 +73,17 @@ impl Ring {
     }
 
     pub fn at(mem: &GuestMem, config: QueueConfig) -> Self {
-        Self { mem: mem.clone(), config, next_descriptor: 0, avail: 0, seen_used: 0 }
+        Self {
+            mem: mem.clone(),
+            config,
+            next_descriptor: 0,
+            avail: 0,
+            seen_used: 0,
+            lengths: Default::default(),
+            wrap: true,
+            used_wrap: true,
+            last: Vec::new(),
+        }
     }
 
     pub fn write<T: freestone_memory::ByteValued>(&self, addr: u64, value: T) {
@@ -79,8 +107,13 @@ impl Ring {
         self.descriptor_in(self.config.descriptors, index, addr, len, flags, next);
     }
 
-    /// Offers the chain at `head`.
+    /// Offers the chain at `head`; in a packed ring, the same buffers as the last time.
     pub fn offer(&mut self, head: u16) {
+        if packed() {
+            let buffers = self.last.clone();
+            self.add(&buffers);
+            return;
+        }
         let slot = u64::from(self.avail % self.config.size);
         self.write(self.config.driver + 4 + 2 * slot, head);
         self.avail = self.avail.wrapping_add(1);
@@ -95,6 +128,10 @@ impl Ring {
     pub fn add(&mut self, buffers: &[(u64, u32, bool)]) -> u16 {
         let size = self.config.size;
         let head = self.next_descriptor;
+        if packed() {
+            self.add_packed(head, buffers);
+            return head;
+        }
         for (i, &(addr, len, writable)) in buffers.iter().enumerate() {
             let index = self.next_descriptor;
             self.next_descriptor = (index + 1) % size;
@@ -106,12 +143,49 @@ impl Ring {
         head
     }
 
+    /// Writes the chain backwards: its first descriptor makes it available. The id is the first descriptor's index.
+    fn add_packed(&mut self, head: u16, buffers: &[(u64, u32, bool)]) {
+        let size = self.config.size;
+        let count = u16::try_from(buffers.len()).unwrap();
+        for (i, &(addr, len, writable)) in (0..count).zip(buffers).rev() {
+            let wrap = self.wrap ^ (head + i >= size);
+            let whose = if wrap { PACKED_AVAIL } else { PACKED_USED };
+            let flags = whose | if i + 1 < count { NEXT } else { 0 } | if writable { WRITE } else { 0 };
+            self.descriptor((head + i) % size, addr, len, head, flags);
+        }
+        self.wrap ^= head + count >= size;
+        self.next_descriptor = (head + count) % size;
+        self.lengths.insert(head, count);
+        self.last = buffers.to_vec();
+    }
+
+    fn used_packed(&mut self) -> Vec<(u32, u32)> {
+        let mut used = Vec::new();
+        loop {
+            let at = self.config.descriptors + 16 * u64::from(self.seen_used);
+            let flags: u16 = self.read(at + 14);
+            let whose = (flags & PACKED_AVAIL != 0, flags & PACKED_USED != 0);
+            if whose != (self.used_wrap, self.used_wrap) {
+                return used;
+            }
+            let id: u16 = self.read(at + 12);
+            let len = if flags & WRITE != 0 { self.read(at + 8) } else { 0 };
+            let next = self.seen_used + self.lengths.remove(&id).unwrap();
+            self.used_wrap ^= next >= self.config.size;
+            self.seen_used = next % self.config.size;
+            used.push((u32::from(id), len));
+        }
+    }
+
     pub fn used_index(&self) -> u16 {
         self.read(self.config.device + 2)
     }
 
     /// Completions since the last call: head and length.
     pub fn used(&mut self) -> Vec<(u32, u32)> {
+        if packed() {
+            return self.used_packed();
+        }
         let mut used = Vec::new();
         while self.seen_used != self.used_index() {
             let at = self.config.device + 4 + 8 * u64::from(self.seen_used % self.config.size);
@@ -309,7 +383,7 @@ impl Machine {
         self.set_status(0);
         self.set_status(status::ACKNOWLEDGE);
         self.set_status(status::ACKNOWLEDGE | status::DRIVER);
-        self.set_driver_features(self.device_features() & wanted | features::VERSION_1);
+        self.set_driver_features(self.device_features() & in_format(wanted) | features::VERSION_1);
         self.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
         assert_eq!(self.status(), 0b1011);
     }
@@ -333,8 +407,13 @@ impl Machine {
     pub fn start(&mut self, wanted: u64) {
         self.negotiate(wanted);
         self.ring = Ring::new(&self.mem, 64);
+        self.mem.view().write_slice(&[0; 0x1000], GuestAddress(self.ring.config.descriptors)).unwrap();
         self.mem.view().write_slice(&[0; 0x1000], GuestAddress(self.ring.config.driver)).unwrap();
         self.mem.view().write_slice(&[0; 0x1000], GuestAddress(self.ring.config.device)).unwrap();
+        if packed() {
+            // The driver wants to hear of the first completion, as with a used event of 0 in split rings.
+            self.ring.write(self.ring.config.driver, 2u32 << 16 | 1 << 15);
+        }
         self.set_queue(0, self.ring.config);
         self.set_status(0b1111);
     }
