@@ -134,3 +134,22 @@ fn a_full_bus_refuses_the_device_and_gives_its_addresses_back() {
     let bars = wiring.pci().unwrap().bars().clone();
     assert_eq!(bars.alloc("next", 0x8000).unwrap(), PCI_MMIO_START + 32 * 0x8000);
 }
+
+#[test]
+fn what_the_queues_count_is_read_by_whoever_plugs_the_device_in() {
+    for transport in [Transport::Pci, Transport::Mmio] {
+        let fill = Fill::new(DeviceType::RNG, 2);
+        let (plug, stats) = freestone_virtio::plug_with_stats(transport, fill, "fill");
+        let mut wiring = wiring();
+        let _device = wiring.plug_boxed(plug).unwrap();
+        assert_eq!(stats.queues().len(), 2);
+    }
+    let mut wiring = wiring();
+    let plug = VirtioPciPlug::new(Fill::new(DeviceType::RNG, 1), "fill");
+    let stats = plug.stats();
+    let device = wiring.plug(plug).unwrap();
+    let mut machine = Machine::with(wiring, device);
+    let mut queues = machine.start();
+    assert!(machine.request(&mut queues[0], 0));
+    assert_eq!(stats.queues()[0].snapshot().requests, 1);
+}

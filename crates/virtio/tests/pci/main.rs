@@ -77,6 +77,11 @@ impl Machine {
 
     fn on(mut wiring: TestWiring, queues: usize) -> Self {
         let device = wiring.plug(VirtioPciPlug::new(Fill::new(DeviceType::RNG, queues), "fill")).unwrap();
+        Self::with(wiring, device)
+    }
+
+    /// With a device that is plugged in already.
+    fn with(wiring: TestWiring, device: Box<dyn Device>) -> Self {
         let driver = VirtioDriver::on(PciRegisters::find(&wiring).unwrap());
         Self { wiring, device: Some(device), driver, arena: Arena::new(0x1000, MEMORY) }
     }
