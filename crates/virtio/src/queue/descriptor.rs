@@ -3,7 +3,8 @@
 use freestone_memory::{GuestAddress, GuestMemoryBackend, MemorySlice, MemoryView};
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
-use super::{ChainBuffers, contiguous};
+use super::ChainBuffers;
+use super::memory::Memory;
 use crate::{Error, Result};
 
 /// Bytes of one descriptor.
@@ -29,7 +30,7 @@ pub(super) struct Element {
 /// Adds the buffer of `element` to `buffers`.
 #[inline(always)]
 pub(super) fn add_buffer<'m>(
-    view: &'m MemoryView,
+    memory: &mut Memory<'m>,
     element: Element,
     buffers: &mut ChainBuffers<'m>,
 ) -> Result<()> {
@@ -39,11 +40,11 @@ pub(super) fn add_buffer<'m>(
     if len == 0 {
         return Ok(());
     }
-    if let Some(slice) = contiguous(view, addr, len as usize) {
+    if let Some(slice) = memory.contiguous(addr, len as usize) {
         buffers.push(slice, writable);
         return Ok(());
     }
-    add_scattered(view, addr, len, writable, buffers)
+    add_scattered(memory.view, addr, len, writable, buffers)
 }
 
 /// A buffer that spans adjacent regions, or is not in memory at all.
@@ -63,11 +64,11 @@ fn add_scattered<'m>(
 
 /// The table that an indirect descriptor refers to, and its number of descriptors (2.7.5.3, 2.8.7). `nested` if the descriptor
 /// is itself in such a table.
-pub(super) fn indirect_table(
-    view: &MemoryView,
+pub(super) fn indirect_table<'m>(
+    memory: &mut Memory<'m>,
     element: Element,
     nested: bool,
-) -> Result<(MemorySlice<'_>, u16)> {
+) -> Result<(MemorySlice<'m>, u16)> {
     let Element { addr, len, flags } = element;
     let refuse = |reason| Err(Error::Indirect { addr, len, reason });
     if nested {
@@ -83,7 +84,7 @@ pub(super) fn indirect_table(
     let Ok(entries) = u16::try_from(bytes / DESCRIPTOR_SIZE) else {
         return refuse("it has more than 65535 descriptors");
     };
-    match contiguous(view, addr, bytes) {
+    match memory.contiguous(addr, bytes) {
         Some(table) => Ok((table, entries)),
         None => refuse("it is not in one range of guest memory"),
     }

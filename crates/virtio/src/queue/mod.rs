@@ -11,15 +11,17 @@
 
 mod buffers;
 mod descriptor;
+mod memory;
 mod meter;
 mod packed;
 mod split;
 
 use std::sync::Arc;
 
-use freestone_memory::{GuestMemoryBackend, MemorySlice, MemoryView};
+use freestone_memory::{MemorySlice, MemoryView};
 
 pub use buffers::{ChainBuffers, SpareBuffers};
+use memory::Memory;
 use meter::{Meter, Timed};
 use packed::Packed;
 use split::Split;
@@ -204,8 +206,9 @@ impl VirtQueue {
     /// [`Error::QueueLayout`] if the memory changed so that the queue is no longer in it.
     #[inline]
     pub fn attach<'q, 'm>(&'q mut self, view: &'m MemoryView) -> Result<AttachedQueue<'q, 'm>> {
-        let areas = Areas::find(self, view)?;
-        Ok(AttachedQueue { queue: self, areas, view })
+        let mut memory = Memory::new(view);
+        let areas = Areas::find(self, &mut memory)?;
+        Ok(AttachedQueue { queue: self, areas, memory })
     }
 }
 
@@ -223,14 +226,14 @@ impl<'m> Areas<'m> {
     /// Each must lie in one region of guest memory. Regions are much larger and more strictly aligned than rings, so an
     /// allocator that hands out naturally aligned blocks never makes one that does not.
     #[inline]
-    fn find(queue: &VirtQueue, view: &'m MemoryView) -> Result<Self> {
+    fn find(queue: &VirtQueue, memory: &mut Memory<'m>) -> Result<Self> {
         let config = &queue.limits.config;
         let [descriptors, driver, device] = match queue.position {
             Position::Split(_) => split::layout(config),
             Position::Packed(_) => packed::layout(config),
         };
-        let find = |(part, addr, len)| {
-            contiguous(view, addr, len).ok_or(Error::QueueLayout { part, addr, size: config.size })
+        let mut find = |(part, addr, len)| {
+            memory.contiguous(addr, len).ok_or(Error::QueueLayout { part, addr, size: config.size })
         };
         Ok(Self { descriptors: find(descriptors)?, driver: find(driver)?, device: find(device)? })
     }
@@ -248,7 +251,7 @@ enum Ring<'a, 'm> {
 pub struct AttachedQueue<'q, 'm> {
     queue: &'q mut VirtQueue,
     areas: Areas<'m>,
-    view: &'m MemoryView,
+    memory: Memory<'m>,
 }
 
 impl<'m> AttachedQueue<'_, 'm> {
@@ -261,10 +264,10 @@ impl<'m> AttachedQueue<'_, 'm> {
     #[inline]
     fn ring(&mut self) -> (Ring<'_, 'm>, &mut Meter) {
         let VirtQueue { limits, position, meter } = &mut *self.queue;
-        let (areas, view) = (&self.areas, self.view);
+        let (areas, memory) = (&self.areas, &mut self.memory);
         let ring = match position {
-            Position::Split(at) => Ring::Split(Split { limits, at, areas, view }),
-            Position::Packed(at) => Ring::Packed(Packed { limits, at, areas, view }),
+            Position::Split(at) => Ring::Split(Split { limits, at, areas, memory }),
+            Position::Packed(at) => Ring::Packed(Packed { limits, at, areas, memory }),
         };
         (ring, meter)
     }
@@ -368,9 +371,4 @@ impl<'m> AttachedQueue<'_, 'm> {
             Ring::Packed(mut ring) => ring.enable_kicks(meter),
         }
     }
-}
-
-/// `len` bytes of guest memory at `addr` that lie in one region.
-fn contiguous(view: &MemoryView, addr: u64, len: usize) -> Option<MemorySlice<'_>> {
-    GuestMemoryBackend::get_slice(&**view, freestone_memory::GuestAddress(addr), len).ok()
 }

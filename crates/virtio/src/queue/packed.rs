@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use freestone_memory::{Bytes, MemoryView};
+use freestone_memory::Bytes;
 use virtio_bindings::bindings::virtio_ring::{
     VRING_PACKED_DESC_F_AVAIL, VRING_PACKED_DESC_F_USED, VRING_PACKED_EVENT_F_WRAP_CTR,
     VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
@@ -14,6 +14,7 @@ use virtio_bindings::bindings::virtio_ring::{
 use virtio_queue::desc::packed;
 
 use super::descriptor::{DESCRIPTOR_SIZE, Element, add_buffer, flag, indirect_table};
+use super::memory::Memory;
 use super::meter::Meter;
 use super::{Areas, ChainBuffers, Limits, QueueConfig, RingPosition};
 use crate::{Error, Result};
@@ -145,7 +146,7 @@ pub(super) struct Packed<'a, 'm> {
     pub limits: &'a Limits,
     pub at: &'a mut Position,
     pub areas: &'a Areas<'m>,
-    pub view: &'m MemoryView,
+    pub memory: &'a mut Memory<'m>,
 }
 
 impl<'m> Packed<'_, 'm> {
@@ -232,7 +233,7 @@ impl<'m> Packed<'_, 'm> {
     /// Collects the buffers of the chain that begins with `first`. Returns its id, which stands in its last descriptor (2.8.6),
     /// and its number of descriptors in the ring.
     #[inline(always)]
-    fn walk(&self, first: Descriptor, buffers: &mut ChainBuffers<'m>) -> Result<(u16, u16)> {
+    fn walk(&mut self, first: Descriptor, buffers: &mut ChainBuffers<'m>) -> Result<(u16, u16)> {
         let size = self.size();
         let (mut position, mut descriptor) = (self.at.next_avail, first);
         // A driver that offers what the device still holds would make the completions overtake the requests.
@@ -243,7 +244,7 @@ impl<'m> Packed<'_, 'm> {
                 self.walk_indirect(element, count - 1, buffers)?;
                 return Ok((id, count));
             }
-            add_buffer(self.view, element, buffers)?;
+            add_buffer(self.memory, element, buffers)?;
             if element.flags & flag::NEXT == 0 {
                 return Ok((id, count));
             }
@@ -258,8 +259,8 @@ impl<'m> Packed<'_, 'm> {
 
     /// Collects the buffers of an indirect table, all of whose descriptors count, in their order: NEXT means nothing there
     /// (2.8.7). `before` descriptors of the chain came before it.
-    fn walk_indirect(&self, element: Element, before: u16, buffers: &mut ChainBuffers<'m>) -> Result<()> {
-        let (table, entries) = indirect_table(self.view, element, false)?;
+    fn walk_indirect(&mut self, element: Element, before: u16, buffers: &mut ChainBuffers<'m>) -> Result<()> {
+        let (table, entries) = indirect_table(self.memory, element, false)?;
         let max = self.limits.max_size;
         if u32::from(entries) + u32::from(before) > u32::from(max) {
             return Err(Error::ChainTooLong { max });
@@ -269,9 +270,9 @@ impl<'m> Packed<'_, 'm> {
             let (addr, len, flags) = (descriptor.addr().0, descriptor.len(), descriptor.flags());
             let element = Element { addr, len, flags };
             if flags & flag::INDIRECT != 0 {
-                indirect_table(self.view, element, true)?;
+                indirect_table(self.memory, element, true)?;
             }
-            add_buffer(self.view, element, buffers)?;
+            add_buffer(self.memory, element, buffers)?;
         }
         Ok(())
     }

@@ -2,12 +2,13 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use freestone_memory::{Bytes, MemoryView};
+use freestone_memory::Bytes;
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 
 use super::descriptor::{DESCRIPTOR_SIZE, Element, add_buffer, flag, indirect_table};
+use super::memory::Memory;
 use super::meter::Meter;
 use super::{Areas, ChainBuffers, Limits, QueueConfig};
 use crate::{Error, Result};
@@ -89,7 +90,7 @@ pub(super) struct Split<'a, 'm> {
     pub limits: &'a Limits,
     pub at: &'a mut Position,
     pub areas: &'a Areas<'m>,
-    pub view: &'m MemoryView,
+    pub memory: &'a mut Memory<'m>,
 }
 
 impl<'m> Split<'_, 'm> {
@@ -132,7 +133,7 @@ impl<'m> Split<'_, 'm> {
 
     /// Collects the buffers of the chain that begins at `head`.
     #[inline(always)]
-    fn walk(&self, head: u16, buffers: &mut ChainBuffers<'m>) -> Result<()> {
+    fn walk(&mut self, head: u16, buffers: &mut ChainBuffers<'m>) -> Result<()> {
         let mut table = self.areas.descriptors;
         let mut entries = self.size();
         let mut indirect = false;
@@ -148,12 +149,12 @@ impl<'m> Split<'_, 'm> {
             let (addr, len, flags) = (descriptor.addr().0, descriptor.len(), descriptor.flags());
             let element = Element { addr, len, flags };
             if flags & flag::INDIRECT != 0 {
-                (table, entries) = indirect_table(self.view, element, indirect)?;
+                (table, entries) = indirect_table(self.memory, element, indirect)?;
                 indirect = true;
                 index = 0;
                 continue;
             }
-            add_buffer(self.view, element, buffers)?;
+            add_buffer(self.memory, element, buffers)?;
             if flags & flag::NEXT == 0 {
                 return Ok(());
             }
