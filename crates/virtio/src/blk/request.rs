@@ -142,6 +142,11 @@ impl Request {
         Self { kind, offset: 0, len: 0, written: 0, ranges: None, flush }
     }
 
+    /// Whether there is no further operation.
+    pub(super) fn is_last(&self) -> bool {
+        !self.flush && self.ranges.is_none()
+    }
+
     /// The next operation without buffers, after the read or write.
     pub(super) fn next_op<'m>(&mut self) -> Option<Op<'m, 'm>> {
         let ranges = self.ranges.as_mut();

@@ -239,7 +239,12 @@ impl Core {
                     _ => None,
                 };
                 let first = first.map_or(Submitted::Done(Ok(())), |op| self.submit(view, op));
-                let Some(result) = self.proceed(view, &mut request, first) else {
+                let done = match first {
+                    // The usual request is one operation that is done.
+                    Submitted::Done(result) if request.is_last() => Some(result),
+                    first => self.proceed(view, &mut request, first),
+                };
+                let Some(result) = done else {
                     self.slots.put(Slot::new(chain, request, room, &answer, view)?);
                     return Ok(false);
                 };
