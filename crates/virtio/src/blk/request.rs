@@ -117,6 +117,10 @@ struct Range {
     unmap: bool,
 }
 
+/// Behind a pointer, so that other requests are small.
+#[derive(Debug)]
+struct Ranges(Vec<Range>);
+
 /// A checked request, and how far it is.
 #[derive(Debug)]
 pub(super) struct Request {
@@ -128,19 +132,25 @@ pub(super) struct Request {
     /// Bytes of data that the device wrote, if it succeeds.
     pub written: u32,
     /// What is left to do of a discard or write-zeroes, last first. Other requests allocate nothing.
-    ranges: Vec<Range>,
+    ranges: Option<Box<Ranges>>,
     /// A flush comes at the end.
     flush: bool,
 }
 
 impl Request {
     fn new(kind: Kind, flush: bool) -> Self {
-        Self { kind, offset: 0, len: 0, written: 0, ranges: Vec::new(), flush }
+        Self { kind, offset: 0, len: 0, written: 0, ranges: None, flush }
+    }
+
+    /// Whether there is no further operation.
+    pub(super) fn is_last(&self) -> bool {
+        !self.flush && self.ranges.is_none()
     }
 
     /// The next operation without buffers, after the read or write.
     pub(super) fn next_op<'m>(&mut self) -> Option<Op<'m, 'm>> {
-        if let Some(Range { offset, len, unmap }) = self.ranges.pop() {
+        let ranges = self.ranges.as_mut();
+        if let Some(Range { offset, len, unmap }) = ranges.and_then(|ranges| ranges.0.pop()) {
             return Some(match self.kind {
                 Kind::Discard => Op::Discard { offset, len },
                 _ => Op::WriteZeroes { offset, len, unmap },
@@ -214,6 +224,7 @@ impl Rules {
             }
         }
         ranges.reverse();
+        let ranges = Some(Box::new(Ranges(ranges)));
         Ok(Request { ranges, ..Request::new(kind, now.write_through) })
     }
 }

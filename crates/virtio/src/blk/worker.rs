@@ -239,7 +239,12 @@ impl Core {
                     _ => None,
                 };
                 let first = first.map_or(Submitted::Done(Ok(())), |op| self.submit(view, op));
-                let Some(result) = self.proceed(view, &mut request, first) else {
+                let done = match first {
+                    // The usual request is one operation that is done.
+                    Submitted::Done(result) if request.is_last() => Some(result),
+                    first => self.proceed(view, &mut request, first),
+                };
+                let Some(result) = done else {
                     self.slots.put(Slot::new(chain, request, room, &answer, view)?);
                     return Ok(false);
                 };
@@ -271,37 +276,42 @@ impl Core {
     }
 
     /// Submits an operation by the tag of the next slot.
+    #[inline]
     fn submit<'m>(&mut self, view: &'m MemoryView, op: Op<'_, 'm>) -> Submitted {
-        let tag = self.slots.next_tag();
-        loop {
-            match self.io.submit(tag, view, op) {
-                // No room: each turn makes some, until nothing is in the way.
-                Submitted::Done(Err(error))
-                    if error.kind() == io::ErrorKind::WouldBlock && self.in_flight() =>
-                {
-                    let before = self.done.len();
-                    if let Err(error) = self.io.commit().and_then(|()| self.io.wait()) {
-                        return Submitted::Done(Err(error));
-                    }
-                    self.reap();
-                    if self.done.len() == before {
-                        return Submitted::Done(Err(error));
-                    }
-                }
-                submitted => return submitted,
-            }
+        match self.io.submit(self.slots.next_tag(), view, op) {
+            Submitted::Done(Err(error)) => self.make_room(view, op, error),
+            submitted => submitted,
         }
     }
 
-    /// Counts what became of a request. Returns its status and the bytes of data that were written.
-    fn outcome(&self, request: &Request, result: io::Result<()>) -> (u8, u32) {
-        let stats = &self.shared.stats;
-        if let Err(error) = result {
-            count(&stats.errors, 1);
-            count(&stats.host_errors, 1);
-            self.shared.host_error(request.kind.name(), &error);
-            return (Failure::Host(error).status(), 0);
+    /// After an error: if it was that there is no room, waits for some and tries again. Each turn makes some, until nothing is
+    /// in the way.
+    #[cold]
+    fn make_room<'m>(&mut self, view: &'m MemoryView, op: Op<'_, 'm>, mut error: io::Error) -> Submitted {
+        while error.kind() == io::ErrorKind::WouldBlock && self.in_flight() {
+            let before = self.done.len();
+            if let Err(error) = self.io.commit().and_then(|()| self.io.wait()) {
+                return Submitted::Done(Err(error));
+            }
+            self.reap();
+            if self.done.len() == before {
+                break;
+            }
+            match self.io.submit(self.slots.next_tag(), view, op) {
+                Submitted::Done(Err(again)) => error = again,
+                submitted => return submitted,
+            }
         }
+        Submitted::Done(Err(error))
+    }
+
+    /// Counts what became of a request. Returns its status and the bytes of data that were written.
+    #[inline]
+    fn outcome(&self, request: &Request, result: io::Result<()>) -> (u8, u32) {
+        if let Err(error) = result {
+            return self.failed(request, error);
+        }
+        let stats = &self.shared.stats;
         match request.kind {
             Kind::Read => {
                 count(&stats.reads, 1);
@@ -317,6 +327,14 @@ impl Core {
             Kind::GetId => {}
         }
         (status(VIRTIO_BLK_S_OK), request.written)
+    }
+
+    #[cold]
+    fn failed(&self, request: &Request, error: io::Error) -> (u8, u32) {
+        count(&self.shared.stats.errors, 1);
+        count(&self.shared.stats.host_errors, 1);
+        self.shared.host_error(request.kind.name(), &error);
+        (Failure::Host(error).status(), 0)
     }
 
     #[cold]
