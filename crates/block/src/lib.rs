@@ -11,9 +11,9 @@ mod image;
 mod qcow2;
 mod queue;
 mod raw;
-mod uring;
 #[cfg(feature = "tools")]
 pub mod tools;
+mod uring;
 
 pub use disk::{Backing, DiskOptions, FormatChoice, ImageFormat, choose, probe, recorded_format};
 pub use error::{Error, Result};

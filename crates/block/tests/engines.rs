@@ -8,9 +8,9 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use queues::{bytes, disk, folder, queue, ready, run, uring_or_skip, wait_for_all};
 use freestone_block::{Engine, Image, Op, RawImage, RawOptions, Submitted};
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemBuilder, GuestMemoryBackend};
+use queues::{bytes, disk, folder, queue, ready, run, uring_or_skip, wait_for_all};
 
 const ENGINES: [Engine; 3] = [Engine::Sync, Engine::Uring, Engine::Auto];
 

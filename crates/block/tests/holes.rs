@@ -9,9 +9,9 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use queues::{bytes, folder, queue, run};
 use freestone_block::{Engine, Image, Op, RawImage, RawOptions};
 use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend};
+use queues::{bytes, folder, queue, run};
 use rustix::fs::SeekFrom;
 use tempfile::TempDir;
 

@@ -5,12 +5,12 @@ mod queues;
 
 use std::sync::Arc;
 
-use queues::{bytes, folder, queue, wait_for_all};
 use freestone_block::{Engine, Op, RawOptions, Submitted};
 use freestone_memory::{
     Bytes, DirtyPages, GuestAddress, GuestMem, GuestMemBuilder, GuestMemoryBackend, MemorySlice,
 };
 use proptest::prelude::*;
+use queues::{bytes, folder, queue, wait_for_all};
 
 /// Sectors of the image.
 const SECTORS: u64 = 512;

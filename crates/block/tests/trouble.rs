@@ -7,9 +7,9 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::sync::Arc;
 
-use queues::{disk, folder, queue, run};
 use freestone_block::{Engine, Image, Op, RawImage, RawOptions};
 use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend};
+use queues::{disk, folder, queue, run};
 
 const ENGINES: [Engine; 3] = [Engine::Sync, Engine::Uring, Engine::Auto];
 

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use freestone_vmm::block::{Image, RawImage, RawOptions};
+use freestone_vmm::block::{
+    self, Backing, DiskOptions, FormatChoice, Image, ImageFormat, RawImage, RawOptions,
+};
 use freestone_vmm::bus::{Spawn, ThreadSpawner};
 use freestone_vmm::virtio::balloon::{Balloon, BalloonConfig};
 use freestone_vmm::virtio::blk::{Block, BlockConfig, CacheMode};
@@ -164,12 +166,23 @@ impl Attached {
 
 /// Opens a disk's image. Also says whether its requests hold up the thread they are made on.
 fn open(spec: &DiskSpec) -> Result<(Arc<dyn Image>, bool), Failure> {
-    match spec.format {
-        Format::Unnamed | Format::Raw | Format::Probe | Format::Qcow2 => {
-            let options = RawOptions::new().read_only(spec.read_only).direct(spec.direct);
-            Ok((Arc::new(raw(&spec.path, options)?), false))
-        }
+    let choice = match spec.format {
+        Format::Unnamed => FormatChoice::Recorded,
+        Format::Raw => FormatChoice::Given(ImageFormat::Raw),
+        Format::Qcow2 => FormatChoice::Given(ImageFormat::Qcow2),
+        Format::Probe => FormatChoice::Probe,
+    };
+    let format = block::choose(&spec.path, choice)?;
+    if format == ImageFormat::Raw {
+        let options = RawOptions::new().read_only(spec.read_only).direct(spec.direct);
+        return Ok((Arc::new(raw(&spec.path, options)?), false));
     }
+    if spec.direct {
+        return Err(Failure::usage(format!("{}: direct is for raw images", spec.path.display())));
+    }
+    let backing = if spec.backing { Backing::Allow } else { Backing::Deny };
+    let options = DiskOptions::new().format(FormatChoice::Given(format)).read_only(spec.read_only);
+    Ok((options.backing(backing).open(&spec.path)?, true))
 }
 
 fn raw(path: &Path, options: RawOptions) -> Result<RawImage, Failure> {

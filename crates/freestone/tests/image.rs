@@ -118,7 +118,7 @@ fn leaks_and_damage_have_their_own_status_and_are_repaired() {
     assert!(status(&dir, &["check", "-f", "qcow2", "a.qcow2"], 2).contains("damaged"));
     ok(&dir, &["check", "-f", "qcow2", "--repair", "a.qcow2"]);
     std::fs::write(&path, b"no image at all").unwrap();
-    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(4096).unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(4096).unwrap();
     assert!(status(&dir, &["check", "-f", "qcow2", "a.qcow2"], 1).contains("qcow2 header"));
 }
 

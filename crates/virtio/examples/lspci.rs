@@ -8,7 +8,9 @@ use freestone_bus::BusView;
 use freestone_devices::PciRootPlug;
 use freestone_memory::GuestMem;
 use freestone_testkit::TestWiring;
-use freestone_virtio::{DeviceInfo, DeviceType, Resources, Result, Transport, VirtioDevice, Worker, plug};
+use freestone_virtio::{
+    DeviceInfo, DeviceType, Resources, Result, Transport, VirtioDevice, VirtioPlug, Worker,
+};
 
 /// A device that never answers.
 struct Silent(DeviceInfo);
@@ -42,8 +44,8 @@ fn config(ports: &mut BusView, device: u32, register: u32) -> std::result::Resul
 fn main() -> std::result::Result<(), Box<dyn Error>> {
     let mut machine = TestWiring::new(GuestMem::anonymous(1 << 20)?);
     let _root = machine.plug(PciRootPlug::new())?;
-    let _net = machine.plug_boxed(plug(Transport::Pci, Silent::new(DeviceType::NET, 3), "net0"))?;
-    let _rng = machine.plug_boxed(plug(Transport::Pci, Silent::new(DeviceType::RNG, 1), "rng0"))?;
+    let _net = machine.plug(VirtioPlug::new(Transport::Pci, Silent::new(DeviceType::NET, 3), "net0"))?;
+    let _rng = machine.plug(VirtioPlug::new(Transport::Pci, Silent::new(DeviceType::RNG, 1), "rng0"))?;
 
     let mut ports = machine.pio_bus().view();
     for device in 0..32 {

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use common::TestImage;
 use freestone_bus::Plug;
-use freestone_virtio::{Block, BlockConfig, Transport};
+use freestone_virtio::{Block, BlockConfig, Transport, VirtioPlug};
 
 fn disk(transport: Transport, read_only: bool, poll: Duration) -> Box<dyn Plug> {
     let device = Block::new(TestImage::with(128, read_only), BlockConfig::new().poll(poll));
-    freestone_virtio::plug(transport, device, "disk")
+    Box::new(VirtioPlug::new(transport, device, "disk"))
 }
 
 freestone_testkit::virtio_conformance!(

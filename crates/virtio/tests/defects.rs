@@ -11,7 +11,7 @@ use common::TestImage;
 use freestone_bus::pci::PciFunction;
 use freestone_bus::{Device, Plug, Wiring};
 use freestone_testkit::conformance::{self, PCI_CHECKS};
-use freestone_virtio::{Block, BlockConfig, Transport};
+use freestone_virtio::{Block, BlockConfig, Transport, VirtioPlug};
 
 /// What a function may do wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,7 +89,7 @@ struct SpoiledPlug(Defect);
 impl Plug for SpoiledPlug {
     fn plug(self: Box<Self>, wiring: &mut dyn Wiring) -> freestone_bus::Result<Box<dyn Device>> {
         let disk = Block::new(TestImage::new(128), BlockConfig::new().poll(Duration::ZERO));
-        let device = freestone_virtio::plug(Transport::Pci, disk, "disk").plug(wiring)?;
+        let device = Box::new(VirtioPlug::new(Transport::Pci, disk, "disk")).plug(wiring)?;
         let segment = wiring.pci().unwrap();
         let function = segment.remove(segment.addresses().pop().unwrap()).unwrap();
         let spoiled: Arc<dyn PciFunction> = match self.0 {

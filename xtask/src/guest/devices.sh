@@ -127,19 +127,19 @@ rng() {
 	cmp -s /tmp/one /tmp/two || say "they differ"
 }
 
-more_than() { [ "$(kib MemTotal)" -gt "$1" ]; }
-less_than() { [ "$(kib MemTotal)" -lt "$1" ]; }
+more_than() { [ "$(kib "$1")" -gt "$2" ]; }
+less_than() { [ "$(kib "$1")" -lt "$2" ]; }
 
 balloon() {
 	dd if=/dev/zero of=/tmp/fill bs=1M count=120 2>/dev/null
 	rm /tmp/fill
-	total=$(kib MemTotal)
-	say "total $total"
+	free=$(kib MemFree)
+	say "free $free"
 	wait_for_go inflate
-	try less_than $((total - 90000))
-	say "total $(kib MemTotal)"
+	try less_than MemFree $((free - 90000))
+	say "free $(kib MemFree)"
 	wait_for_go deflate
-	try more_than $((total - 5000))
+	try more_than MemFree $((free - 10000))
 	dd if=/dev/zero of=/tmp/fill bs=1M count=120 2>/dev/null && say "memory is back"
 	rm /tmp/fill
 	wait_for_go reported
@@ -149,13 +149,13 @@ memory() {
 	total=$(kib MemTotal)
 	say "total $total"
 	wait_for_go plug
-	try more_than $((total + 100000))
+	try more_than MemTotal $((total + 100000))
 	say "total $(kib MemTotal)"
 	mount -t tmpfs -o size=95% fill /mnt
 	dd if=/dev/zero of=/mnt/fill bs=1M count=200 2>/dev/null && say "filled"
 	rm /mnt/fill
 	wait_for_go unplug
-	try less_than $((total + 5000))
+	try less_than MemTotal $((total + 5000))
 	say "total $(kib MemTotal)"
 }
 

@@ -15,7 +15,7 @@ use crate::repo;
 use crate::ship::ship;
 
 /// The drivers of the devices' tests, in the order in which they load.
-const DEVICE_MODULES: [&str; 24] = [
+const DEVICE_MODULES: [&str; 22] = [
     "drivers/virtio/virtio_ring",
     "drivers/virtio/virtio",
     "drivers/virtio/virtio_mmio",
@@ -26,14 +26,12 @@ const DEVICE_MODULES: [&str; 24] = [
     "drivers/block/virtio_blk",
     "drivers/misc/pvpanic/pvpanic",
     "drivers/misc/pvpanic/pvpanic-mmio",
-    "drivers/char/hw_random/rng-core",
     "drivers/char/hw_random/virtio-rng",
     "drivers/virtio/virtio_balloon",
     "drivers/virtio/virtio_mem",
     "net/vmw_vsock/vsock",
     "net/vmw_vsock/vmw_vsock_virtio_transport_common",
     "net/vmw_vsock/vmw_vsock_virtio_transport",
-    "drivers/dax/dax",
     "drivers/nvdimm/libnvdimm",
     "drivers/nvdimm/nd_btt",
     "drivers/nvdimm/nd_pmem",

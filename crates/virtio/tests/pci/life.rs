@@ -1,11 +1,11 @@
 //! A function comes, moves and goes.
 
-use freestone_bus::{Error, Wiring};
+use freestone_bus::{Error, Plug, Wiring};
 use freestone_memory::GuestMem;
 use freestone_memory::layout::PCI_MMIO_START;
 use freestone_testkit::TestWiring;
 use freestone_testkit::driver::{DriverTransport, PciRegisters};
-use freestone_virtio::{DeviceType, Transport, VirtioPciPlug};
+use freestone_virtio::{DeviceType, Transport, VirtioPciPlug, VirtioPlug};
 
 use super::{Fill, Machine, wiring};
 
@@ -117,8 +117,8 @@ fn a_device_that_is_taken_away_leaves_nothing_behind() {
 #[test]
 fn a_machine_without_a_root_refuses_the_device() {
     let mut wiring = TestWiring::new(GuestMem::anonymous(1 << 20).unwrap());
-    let plug = freestone_virtio::plug(Transport::Pci, Fill::new(DeviceType::RNG, 1), "fill");
-    let error = plug.plug(&mut wiring).unwrap_err();
+    let plug = VirtioPlug::new(Transport::Pci, Fill::new(DeviceType::RNG, 1), "fill");
+    let error = Box::new(plug).plug(&mut wiring).unwrap_err();
     assert!(matches!(error, Error::Missing { ref device, .. } if device == "fill"), "{error}");
 }
 
@@ -139,9 +139,10 @@ fn a_full_bus_refuses_the_device_and_gives_its_addresses_back() {
 fn what_the_queues_count_is_read_by_whoever_plugs_the_device_in() {
     for transport in [Transport::Pci, Transport::Mmio] {
         let fill = Fill::new(DeviceType::RNG, 2);
-        let (plug, stats) = freestone_virtio::plug_with_stats(transport, fill, "fill");
+        let plug = VirtioPlug::new(transport, fill, "fill");
+        let stats = plug.stats();
         let mut wiring = wiring();
-        let _device = wiring.plug_boxed(plug).unwrap();
+        let _device = wiring.plug(plug).unwrap();
         assert_eq!(stats.queues().len(), 2);
     }
     let mut wiring = wiring();
