@@ -1,4 +1,5 @@
 //! A disk in guest memory's terms, and the tools of others to compare with.
+#![expect(clippy::indexing_slicing, reason = "tests")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 #![expect(dead_code, reason = "each test takes what it needs")]
 

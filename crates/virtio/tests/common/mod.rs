@@ -445,7 +445,16 @@ impl Machine {
     pub fn block_request(&mut self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> (u8, u32) {
         let head = self.offer_block(kind, sector, data);
         self.run();
-        let used = self.ring.used();
+        let mut used = self.ring.used();
+        // A request of an asynchronous engine takes its time.
+        for _ in 0..10_000 {
+            if !used.is_empty() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            self.run();
+            used = self.ring.used();
+        }
         assert_eq!(used.len(), 1, "one request, one completion");
         assert_eq!(used.first().unwrap().0, u32::from(head));
         (self.ring.read(0x8010), used.first().unwrap().1)
