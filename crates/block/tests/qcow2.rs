@@ -1,6 +1,7 @@
 //! What a qcow2 image does that a raw one does not: space, sharing, options of making, formats.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[expect(dead_code, reason = "this test takes what it needs")]
 mod common;
 
 use std::os::unix::fs::MetadataExt;

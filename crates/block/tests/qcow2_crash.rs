@@ -1,6 +1,7 @@
 //! A process that writes is killed at a random moment: the image is consistent, and every flushed write is in it.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[expect(dead_code, reason = "this test takes what it needs")]
 mod common;
 
 use std::collections::HashMap;

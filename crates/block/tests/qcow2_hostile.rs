@@ -1,6 +1,7 @@
 //! Images that were made to do harm: refused or contained, never a panic, a hang, or memory without end.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[expect(dead_code, reason = "this test takes what it needs")]
 mod common;
 
 use std::fs::OpenOptions;
@@ -123,7 +124,7 @@ fn guest_data_is_not_written_over_metadata() {
         let dir = folder();
         let path = image(&dir);
         assert_eq!(l2(&path), 4 * CLUSTER);
-        put(&path, l2(&path), &(COPIED | cluster * CLUSTER).to_be_bytes());
+        put(&path, l2(&path), &(COPIED | (cluster * CLUSTER)).to_be_bytes());
         let before = std::fs::read(&path).unwrap();
         let disk = open(&path).unwrap();
         let error = Window::new().write(&disk, 0, &[0x5a; 512]).unwrap_err();
@@ -148,7 +149,7 @@ fn tables_that_overlap_make_an_image_read_only() {
     for entry in [COPIED, 1, 2, 3] {
         let dir = folder();
         let path = image(&dir);
-        let value = if entry == COPIED { COPIED } else { COPIED | entry * CLUSTER };
+        let value = if entry == COPIED { COPIED } else { COPIED | (entry * CLUSTER) };
         put(&path, get64(&path, 40), &value.to_be_bytes());
         assert!(matches!(open(&path), Err(Error::Malformed { .. })), "{value:#x}");
         assert!(check_qcow2(&path).unwrap().corruptions > 0);
@@ -324,7 +325,7 @@ fn two_thousand_mutations_neither_panic_nor_hang_nor_eat_memory() {
             let value = values[usize::try_from(random.below(5)).unwrap()];
             if random.below(4) == 0 {
                 let at = at / 8 * 8;
-                bytes[at..at + 8].copy_from_slice(&(COPIED | random.below(8) * CLUSTER).to_be_bytes());
+                bytes[at..at + 8].copy_from_slice(&(COPIED | (random.below(8) * CLUSTER)).to_be_bytes());
             } else {
                 bytes[at] = u8::try_from(value).unwrap();
             }

@@ -1,5 +1,5 @@
 //! Images of `qemu-img` are read and written here, and ours are clean and the same there.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod common;
 

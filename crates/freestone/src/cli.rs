@@ -101,9 +101,11 @@ pub(crate) struct Run {
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Transport::Pci)]
     pub(crate) transport: Transport,
 
-    /// Attach a disk image: path=FILE[,format=raw|qcow2|probe][,ro][,backing=on][,queues=N][,engine=auto|sync|uring]
-    /// [,cache=writeback|writethrough][,direct][,serial=TEXT][,block-size=512|4096][,bandwidth=SIZE][,iops=N][,thread=on|off].
-    /// A comma in a name is written twice. May be repeated: the first is /dev/vda, then vdb, and so on.
+    /// Attach a disk image. May be repeated: the first is /dev/vda, then vdb, and so on.
+    ///
+    /// Options: ro; format=raw, qcow2 or probe; backing=on; queues=N; engine=auto, sync or uring; cache=writeback or writethrough;
+    /// direct; serial=TEXT; block-size=512 or 4096; bandwidth=SIZE and iops=N (in a second); thread=on or off. A comma in a
+    /// name is written twice.
     ///
     /// An image is raw unless it was made as something else by `freestone image create`, or a format is given. `probe` goes by
     /// what the file looks like: never use it for a raw image that a guest has written. backing=on lets the image read
@@ -111,24 +113,25 @@ pub(crate) struct Run {
     #[arg(long = "disk", value_name = "FILE[,OPTION...]", value_parser = clap::value_parser!(DiskSpec))]
     pub(crate) disks: Vec<DiskSpec>,
 
-    /// Attach an entropy source (/dev/hwrng): on[,bandwidth=SIZE][,iops=N] limits what the guest gets in a second.
+    /// Attach an entropy source (/dev/hwrng). Options: bandwidth=SIZE and iops=N limit what the guest gets in a second.
     #[arg(long, value_name = "on[,OPTION...]", num_args = 0..=1, default_missing_value = "on")]
     pub(crate) rng: Option<RngSpec>,
 
-    /// Attach a memory balloon: on[,target=SIZE][,deflate-on-oom=off][,reporting=off][,hinting=on].
+    /// Attach a memory balloon. Options: target=SIZE, deflate-on-oom=off, reporting=off, hinting=on.
     #[arg(long, value_name = "on[,OPTION...]", num_args = 0..=1, default_missing_value = "on")]
     pub(crate) balloon: Option<BalloonSpec>,
 
-    /// Attach sockets between guest and host: SOCKET[,cid=N]. Programs connect to SOCKET and say `CONNECT port`; a connection
+    /// Attach sockets between guest and host; cid=N is the guest's number, 3 if not said. Programs connect to SOCKET and say `CONNECT port`; a connection
     /// of the guest to port P arrives at SOCKET_P.
     #[arg(long, value_name = "SOCKET[,cid=N]")]
     pub(crate) vsock: Option<VsockSpec>,
 
-    /// Attach a file as persistent memory (/dev/pmem0): FILE[,ro][,reserve=off]. Its size is a multiple of 2M. May be repeated.
+    /// Attach a file as persistent memory (/dev/pmem0). Its size is a multiple of 2M. Options: ro, reserve=off (leave holes in
+    /// the file). May be repeated.
     #[arg(long = "pmem", value_name = "FILE[,OPTION...]")]
     pub(crate) pmems: Vec<PmemSpec>,
 
-    /// Let memory be plugged and unplugged while the guest runs: MOST[,requested=SIZE][,block=SIZE].
+    /// Let memory be plugged and unplugged while the guest runs, up to MOST. Options: requested=SIZE at first, block=SIZE.
     #[arg(long, value_name = "MOST[,OPTION...]")]
     pub(crate) memory_hotplug: Option<HotplugSpec>,
 

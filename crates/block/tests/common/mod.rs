@@ -1,7 +1,6 @@
 //! A disk in guest memory's terms, and the tools of others to compare with.
 #![expect(clippy::indexing_slicing, reason = "tests")]
 #![expect(clippy::unwrap_used, reason = "tests")]
-#![expect(dead_code, reason = "each test takes what it needs")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
