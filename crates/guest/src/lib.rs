@@ -6,6 +6,7 @@ pub mod exits;
 pub mod paging;
 pub mod probe;
 pub mod start;
+pub mod writer;
 
 pub use demo::{DISK_ID as DEMO_DISK_ID, DISK_SECTORS as DEMO_DISK_SECTORS, disk as demo_disk};
 
@@ -43,8 +44,11 @@ pub const PROBE: &[u8] = program!("probe");
 /// `quit` it prints `echo: bye` and powers off as [`DEMO`] does.
 pub const ECHO: &[u8] = program!("echo");
 
+/// Writes numbered blocks to its disk until it is killed, and says on COM1 which are durable. See [`writer`].
+pub const WRITER: &[u8] = program!("writer");
+
 /// All images with their names, for tests and lists.
-pub const ALL: [(&str, &[u8]); 7] = [
+pub const ALL: [(&str, &[u8]); 8] = [
     ("demo", DEMO),
     ("start", START),
     ("exits", EXITS),
@@ -52,6 +56,7 @@ pub const ALL: [(&str, &[u8]); 7] = [
     ("paging", PAGING),
     ("probe", PROBE),
     ("echo", ECHO),
+    ("writer", WRITER),
 ];
 
 /// Guest-physical address of the parameter block: the first 128 bytes of every image, sixteen little-endian 64-bit words.

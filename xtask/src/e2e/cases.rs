@@ -51,7 +51,8 @@ pub fn all() -> Vec<Case> {
         Case { dialogue: shell, check: clean, ..linux("console_input", BzImage, 1, "256M", "shell") },
         Case { job: disks(two_disks), check: second_disk, ..linux("two_disks", BzImage, 1, "256M", "") },
         Case { job: read_only, check: read_only_disk, ..linux("read_only_disk", BzImage, 1, "256M", "") },
-        script("builtin_guest", "exec $VMM run", 0, nothing),
+        script("builtin_guest_pci", "exec $VMM run --rng", 0, entropy),
+        script("builtin_guest_mmio", "exec $VMM run --transport mmio --rng", 0, entropy),
         Case { dialogue: quit, ..script("quit_keys", QUIT, 0, quit_status) },
         script("terminal_restored", TERMINAL, 0, terminal_restored),
     ];
@@ -62,6 +63,12 @@ pub fn all() -> Vec<Case> {
 
 pub fn silent(_: &mut Console, _: &Side<'_>) -> Result<()> {
     Ok(())
+}
+
+/// The guest's second device gave it random bytes.
+fn entropy(after: &After<'_>) -> Result<()> {
+    after.console_has("bytes of entropy")?;
+    after.console_has("0 failed")
 }
 
 pub fn nothing(_: &After<'_>) -> Result<()> {

@@ -2,7 +2,8 @@
 # First program of the guest of the devices' tests: does the scenario that the kernel's command line names by
 # freestone.test=NAME, without a root disk. Lines that begin with GUEST are read by the tests.
 /bin/busybox --install -s /bin
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=linux
+# This system's own tools come before those of busybox.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -90,7 +91,7 @@ load() {
 		say "queues $disk $(ls /sys/block/$disk/mq | wc -l)"
 		for part in 0 1 2 3; do
 			(
-				seq $((part * 1000000)) $((part * 1000000 + 400000)) | head -c 2097152 >/tmp/$disk.$part
+				seq $((part * 1000000)) $((part * 1000000 + 400000)) | head -c 1048576 >/tmp/$disk.$part
 				dd if=/tmp/$disk.$part of=/dev/$disk bs=16k seek=$((part * 256)) conv=notrunc,fsync 2>/dev/null
 			) &
 		done
@@ -100,7 +101,7 @@ load() {
 	echo 3 >/proc/sys/vm/drop_caches
 	for disk in vda vdb; do
 		for part in 0 1 2 3; do
-			dd if=/dev/$disk bs=16k skip=$((part * 256)) count=128 2>/dev/null | cmp - /tmp/$disk.$part &&
+			dd if=/dev/$disk bs=16k skip=$((part * 256)) count=64 2>/dev/null | cmp - /tmp/$disk.$part &&
 				say "same $disk.$part $(md5sum </tmp/$disk.$part)"
 		done
 	done
@@ -109,8 +110,8 @@ load() {
 resize() {
 	try test -b /dev/vda
 	say "size $(blockdev --getsize64 /dev/vda)"
-	wait_for_go resize
 	old=$(cat /sys/block/vda/size)
+	wait_for_go resize
 	try changed /sys/block/vda/size "$old"
 	say "size $(blockdev --getsize64 /dev/vda)"
 	last=$(($(cat /sys/block/vda/size) - 1))
@@ -157,6 +158,7 @@ memory() {
 	wait_for_go unplug
 	try less_than MemTotal $((total + 5000))
 	say "total $(kib MemTotal)"
+	wait_for_go unplugged
 }
 
 pmem() {

@@ -14,9 +14,11 @@ mod heap;
 pub mod machine;
 mod mem;
 pub mod params;
+pub mod pci;
 pub mod phys;
 pub mod port;
 pub mod pvh;
+pub mod virtio;
 
 /// Makes `$main`, an `extern "C" fn(start_info: u64) -> !`, the program of this image.
 ///

@@ -3,12 +3,12 @@
 use core::cell::UnsafeCell;
 
 use freestone_guest_program::cpu;
+use freestone_guest_program::virtio::{Device, Identity, Interrupt};
 use virtio_drivers::Result;
 use virtio_drivers::device::blk::{BlkReq, BlkResp, SECTOR_SIZE, VirtIOBlk};
 use virtio_drivers::transport::SomeTransport;
 
 use crate::report::Report;
-use crate::virtio::{Device, Identity, Interrupt};
 use crate::work::wait_for_interrupt;
 
 type Disk<'a> = VirtIOBlk<Identity, SomeTransport<'a>>;

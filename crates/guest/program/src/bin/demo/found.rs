@@ -7,7 +7,7 @@ use freestone_guest_program::pvh::StartInfo;
 use freestone_guest_program::{cpu, machine, port, print, println};
 
 use crate::report::Report;
-use crate::virtio::Devices;
+use freestone_guest_program::virtio::Devices;
 
 /// Text of up to 48 bytes out of registers, without zeros and outer blanks.
 struct Text {

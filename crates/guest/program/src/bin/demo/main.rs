@@ -4,13 +4,13 @@
 
 mod disk;
 mod found;
-mod pci;
 mod report;
 mod virtio;
 mod work;
 
 use freestone_guest_program::acpi::Acpi;
 use freestone_guest_program::pvh::StartInfo;
+use freestone_guest_program::virtio::Devices;
 use freestone_guest_program::{apic, console, cpu, entry, machine, println};
 
 use report::Report;
@@ -30,7 +30,7 @@ extern "C" fn main(start_info: u64) -> ! {
     found::processor(acpi.as_ref(), &report);
     found::memory(info);
     found::acpi(acpi.as_ref());
-    let devices = virtio::Devices::new(info, acpi.as_ref());
+    let devices = Devices::new(info, acpi.as_ref());
     found::devices(&devices);
 
     println!("Work:");

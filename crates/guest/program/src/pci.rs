@@ -1,9 +1,10 @@
 //! PCI devices on bus 0: configuration space by the table MCFG, and message-signalled interrupts.
 
-use freestone_guest_program::acpi::Acpi;
-use freestone_guest_program::apic;
-use freestone_guest_program::phys::{MAPPED, Register};
 use virtio_drivers::transport::pci::bus::{BarInfo, Command, ConfigurationAccess, DeviceFunction, PciRoot};
+
+use crate::acpi::Acpi;
+use crate::apic;
+use crate::phys::{MAPPED, Register};
 
 /// Capabilities (PCI 3.0, appendix H).
 const VENDOR: u8 = 0x09;
@@ -59,6 +60,7 @@ fn bar(root: &mut PciRoot<Ecam>, function: DeviceFunction, index: u8) -> Option<
 }
 
 /// Has the device's queues and configuration interrupt this processor at vector `32 + line` once [`Vectors::set`] was called.
+#[derive(Debug)]
 pub struct Vectors {
     common: u64,
 }
