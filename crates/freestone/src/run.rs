@@ -129,6 +129,10 @@ fn default_cmdline(args: &Run) -> String {
         ConsoleKind::Virtio => "hvc0",
     };
     let mut line = format!("console={console} panic=-1");
+    if args.transport == Transport::Mmio {
+        // Linux looks for PCI as long as nobody says that there is none, and complains.
+        line.push_str(" pci=off");
+    }
     if args.initrd.is_none()
         && let Some(disk) = args.disks.first()
     {

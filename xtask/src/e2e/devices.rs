@@ -223,8 +223,10 @@ fn resident(side: &Side<'_>) -> Result<u64> {
 }
 
 fn balloon(console: &mut Console, side: &Side<'_>) -> Result<()> {
-    console.expect("GUEST ready inflate")?;
+    console.expect("GUEST ready filled")?;
     let before = resident(side)?;
+    console.send("go\n");
+    console.expect("GUEST ready inflate")?;
     console.send("go\n");
     side.sh("$VMM ctl ctl balloon 100M")?;
     console.expect("GUEST ready deflate")?;

@@ -2,8 +2,7 @@
 # First program of the guest of the devices' tests: does the scenario that the kernel's command line names by
 # freestone.test=NAME, without a root disk. Lines that begin with GUEST are read by the tests.
 /bin/busybox --install -s /bin
-# This system's own tools come before those of busybox.
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=linux
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -77,8 +76,9 @@ dirty_bytes() { dd if=/dev/vdb bs=1M skip="$1" count=4 2>/dev/null | tr -d '\0' 
 zeroing() {
 	try test -b /dev/vdb
 	say "before $(dirty_bytes 4) $(dirty_bytes 12)"
-	blkdiscard -o $((4 << 20)) -l $((4 << 20)) /dev/vdb && say "discarded"
-	blkdiscard -z -o $((12 << 20)) -l $((4 << 20)) /dev/vdb && say "zeroed"
+	# By its path: the shell has one built in that knows less.
+	/usr/sbin/blkdiscard -o $((4 << 20)) -l $((4 << 20)) /dev/vdb && say "discarded"
+	/usr/sbin/blkdiscard -z -o $((12 << 20)) -l $((4 << 20)) /dev/vdb && say "zeroed"
 	sync
 	echo 3 >/proc/sys/vm/drop_caches
 	say "after $(dirty_bytes 4) $(dirty_bytes 12) kept $(dirty_bytes 20)"
@@ -133,6 +133,7 @@ less_than() { [ "$(kib "$1")" -lt "$2" ]; }
 
 balloon() {
 	dd if=/dev/zero of=/tmp/fill bs=1M count=120 2>/dev/null
+	wait_for_go filled
 	rm /tmp/fill
 	free=$(kib MemFree)
 	say "free $free"
