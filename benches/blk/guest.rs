@@ -20,11 +20,17 @@ use freestone_vmm::{MachineBuilder, Payload};
 use serde_json::{Value, json};
 
 use crate::image::{FORMATS, Format, provide};
-use crate::{Args, Times, head, line};
+use crate::{Args, Processors, Times, head, line};
 
 /// Memory of the guest.
 const MEMORY: u64 = 64 << 20;
 const QUEUES: u16 = 2;
+/// What is measured; each has a machine of its own.
+const MACHINES: [(&str, Transport, Engine); 3] = [
+    ("pci, sync", Transport::Pci, Engine::Sync),
+    ("pci, uring", Transport::Pci, Engine::Uring),
+    ("mmio, sync", Transport::Mmio, Engine::Sync),
+];
 
 /// A machine with one disk, on threads of its own.
 struct Subject {
@@ -77,11 +83,16 @@ impl Device for DonePort {
 }
 
 impl Subject {
-    fn new(transport: Transport, engine: Engine, format: &Format, path: &Path) -> Fallible<Self> {
+    fn new(
+        (transport, engine): (Transport, Engine),
+        format: &Format,
+        path: &Path,
+        on: Processors,
+    ) -> Fallible<Self> {
         let memory = GuestMem::anonymous(MEMORY)?;
         let (commands, to_guest) = channel();
         let (from_guest, answers) = channel();
-        let [vcpu, device] = processors();
+        let Processors { vcpu, device } = on;
         let port = Port { memory: memory.clone(), cpu: vcpu, wires: Mutex::new((to_guest, from_guest)) };
         let config = BlockConfig::new().queues(QUEUES).engine(engine);
         let disk = VirtioPlug::new(transport, Block::new((format.open)(path)?, config), "disk");
@@ -148,12 +159,6 @@ fn run(transport: Transport, memory: GuestMem, port: Port, disk: VirtioPlug) -> 
     Ok(())
 }
 
-/// The vCPU's processor and that of everything else.
-fn processors() -> [usize; 2] {
-    let cpus = host::cpus();
-    [cpus.first().copied().unwrap_or(0), cpus.last().copied().unwrap_or(0)]
-}
-
 /// A line of the table.
 struct Case {
     name: String,
@@ -164,40 +169,36 @@ struct Case {
 }
 
 /// Measures reads, and at last writes, because they change the image.
-pub fn bench(args: &Args, folder: &Path) -> Fallible<Value> {
-    let [vcpu, device] = processors();
+pub fn bench(args: &Args, folder: &Path, on: Processors) -> Fallible<Value> {
+    let names = MACHINES.map(|(name, ..)| name);
+    let tables: Vec<_> = [(false, 1), (false, 32), (true, 1), (true, 32)]
+        .into_iter()
+        .map(|(write, depth)| (write, depth, cases(args, &names, depth, write)))
+        .filter(|(.., cases)| !cases.is_empty())
+        .collect();
+    if tables.is_empty() {
+        return Ok(Value::Null);
+    }
+    let Processors { vcpu, device } = on;
     let ticks = ticks_per_nanosecond();
-    // Before this thread is pinned, which its children would inherit.
     let [format, ..] = &FORMATS;
     let path = provide(format, folder, args.size)?;
-    let machines = [
-        ("pci, sync", Transport::Pci, Engine::Sync),
-        ("pci, uring", Transport::Pci, Engine::Uring),
-        ("mmio, sync", Transport::Mmio, Engine::Sync),
-    ];
     let mut subjects = Vec::new();
-    for (_, transport, engine) in machines {
-        subjects.push(Subject::new(transport, engine, format, &path)?);
+    for (_, transport, engine) in MACHINES {
+        subjects.push(Subject::new((transport, engine), format, &path, on)?);
     }
     host::pin(device)?;
     for subject in &mut subjects {
         verify(subject)?;
     }
-    let names = machines.map(|(name, ..)| name);
     let mut results = Vec::new();
-    for write in [false, true] {
-        for depth in [1, 32] {
-            let title = if write { "writes" } else { "reads" };
-            let mut cases = cases(args, &names, title, depth, write);
-            if cases.is_empty() {
-                continue;
-            }
-            head(&format!(
-                "Driven by a guest that polls, {title}, {depth} at a time: vCPU on processor {vcpu}, event loop on {device}"
-            ));
-            results.extend(measure(args, &path, &mut subjects, &mut cases, ticks)?);
-            println!();
-        }
+    for (write, depth, mut cases) in tables {
+        head(&format!(
+            "Driven by a guest that polls, {}, {depth} at a time: vCPU on processor {vcpu}, event loop on {device}",
+            operation(write)
+        ));
+        results.extend(measure(args, &path, &mut subjects, &mut cases, (write, depth), ticks)?);
+        println!();
     }
     for (name, subject) in names.iter().zip(&subjects) {
         let (sent, suppressed) = subject.interrupts();
@@ -223,23 +224,27 @@ fn verify(subject: &mut Subject) -> Fallible<()> {
     Ok(())
 }
 
-fn cases(args: &Args, names: &[&str], title: &str, depth: u64, write: bool) -> Vec<Case> {
+fn operation(write: bool) -> &'static str {
+    if write { "writes" } else { "reads" }
+}
+
+fn cases(args: &Args, names: &[&str], depth: u64, write: bool) -> Vec<Case> {
     let mut cases = Vec::new();
     for (subject, name) in names.iter().enumerate() {
         for (ring, packed, queues) in
             [("split", 0, 1), ("packed", blk::RING_PACKED, 1), ("split, 2 queues", 0, u64::from(QUEUES))]
         {
-            let name = format!("{name}, {ring}, {title}, QD{depth}");
+            let name = format!("{name}, {ring}, {}, QD{depth}", operation(write));
             if !args.wants(&name) {
                 continue;
             }
             let operation = if write { Operation::Write } else { Operation::Read };
             // As many at once on all queues together.
-            let each = (depth / queues).max(1);
+            let each = depth / queues;
             let mut command =
                 Command { depth: each, queues, ..Command::new(operation, args.count.into()) };
             command.features |= packed;
-            if depth / queues >= 1 {
+            if each > 0 {
                 cases.push(Case { name, subject, command, times: Vec::new(), kicks: Vec::new() });
             }
         }
@@ -252,10 +257,9 @@ fn measure(
     path: &Path,
     subjects: &mut [Subject],
     cases: &mut [Case],
+    (write, depth): (bool, u64),
     ticks: f64,
 ) -> Fallible<Vec<Value>> {
-    let write = cases.iter().any(|case| case.command.operation == Operation::Write);
-    let depth = cases.iter().map(|case| case.command.depth).max().unwrap_or(1);
     let depth = usize::try_from(depth)?;
     let file = std::fs::File::options().read(true).write(true).open(path)?;
     let mut floors: [(&str, Box<dyn Batch>, Times); 2] = [

@@ -40,6 +40,14 @@ struct Args {
     quick: bool,
 }
 
+/// Where threads are kept.
+#[derive(Debug, Clone, Copy)]
+struct Processors {
+    vcpu: usize,
+    /// The event loop, and whatever has no vCPU.
+    device: usize,
+}
+
 impl Args {
     fn wants(&self, name: &str) -> bool {
         self.only.as_deref().is_none_or(|text| name.contains(text))
@@ -70,13 +78,17 @@ fn bench(mut args: Args) -> Fallible<()> {
         "4 KiB at random places of {} MiB, medians of {} rounds of {} requests; ratios to the floor's round beside\n",
         args.size, args.rounds, args.count
     );
-    let alone = queue::bench(&args, folder.path())?;
+    // Asked before this thread is pinned.
+    let cpus = host::cpus();
+    let first = cpus.first().copied().unwrap_or(0);
+    let on = Processors { vcpu: first, device: cpus.last().copied().unwrap_or(first) };
+    let alone = queue::bench(&args, folder.path(), on)?;
     let guest = match host::kvm_unusable() {
         Some(reason) => {
             println!("SKIP driven by a guest: {reason}");
             json!({ "skipped": reason })
         }
-        None => guest::bench(&args, folder.path())?,
+        None => guest::bench(&args, folder.path(), on)?,
     };
     args.common.write_json(&json!({ "bench": "blk", "device": alone, "guest": guest }))
 }

@@ -1,5 +1,7 @@
 //! The device alone: a driver on the bench's thread feeds its workers, and nothing else is between them.
 
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -7,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use freestone_benches::disk::{BLOCK, Batch, Calls, Random, Ring};
 use freestone_benches::rounds::CycleFrom;
-use freestone_benches::Fallible;
+use freestone_benches::{Fallible, host};
 use freestone_block::{Engine, Image};
-use freestone_bus::{EventFd, Irq};
-use freestone_memory::{Bytes, GuestAddress, GuestMem, MemoryView};
+use freestone_bus::{EventFd, Irq, Source};
+use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemoryBackend, MemorySlice, MemoryView};
 use freestone_virtio::{
     ActiveQueue, Block, BlockConfig, DeviceControl, QueueConfig, Resources, VirtQueue, VirtioDevice, Worker,
     features,
@@ -18,16 +20,19 @@ use freestone_virtio::{
 use serde_json::Value;
 
 use crate::image::{FORMATS, provide};
-use crate::{Args, Times, head, line};
+use crate::{Args, Processors, Times, head, line};
 
 /// Entries of a queue: chains of three for all requests.
 const SIZE: u16 = 128;
 /// Guest memory of a queue: descriptor area, driver area, device area, then a line for each request and its data.
-const AREA: u64 = 1 << 20;
-const DRIVER: u64 = 0x1000;
-const DEVICE: u64 = 0x2000;
-const LINES: u64 = 0x4000;
-const DATA: u64 = 0x1_0000;
+const AREA: usize = 1 << 20;
+const DRIVER: usize = 0x1000;
+const DEVICE: usize = 0x2000;
+const LINES: usize = 0x4000;
+const DATA: usize = 0x1_0000;
+/// The status in a request's line, after the header, and what it is before the device writes it.
+const STATUS: usize = 16;
+const PENDING: u8 = 0xFF;
 
 /// Flags of descriptors.
 const NEXT: u16 = 1;
@@ -43,6 +48,8 @@ struct Subject {
 
 struct Queue {
     worker: Box<dyn Worker>,
+    events: Events,
+    /// Guest-physical address of its memory.
     base: u64,
     write: bool,
     packed: bool,
@@ -58,12 +65,11 @@ struct Kind {
     packed: bool,
     queues: u16,
     write: bool,
-    depth: usize,
 }
 
 impl Subject {
     fn new(image: Arc<dyn Image>, kind: Kind) -> Fallible<Self> {
-        let mem = GuestMem::anonymous(AREA * u64::from(kind.queues))?;
+        let mem = GuestMem::anonymous(AREA as u64 * u64::from(kind.queues))?;
         let view = mem.view();
         // The driver is on the same thread: looking at an empty queue would be in vain.
         let config = BlockConfig::new().queues(kind.queues).engine(kind.engine).poll(Duration::ZERO);
@@ -74,9 +80,8 @@ impl Subject {
         }
         let mut queues = Vec::new();
         for index in 0..kind.queues {
-            let base = AREA * u64::from(index);
-            let config =
-                QueueConfig { size: SIZE, descriptors: base, driver: base + DRIVER, device: base + DEVICE };
+            let at = |offset: usize| AREA as u64 * u64::from(index) + offset as u64;
+            let config = QueueConfig { size: SIZE, descriptors: at(0), driver: at(DRIVER), device: at(DEVICE) };
             let queue = VirtQueue::new(config, SIZE, features, &view)?;
             // EFD_NONBLOCK is O_NONBLOCK.
             let kick = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
@@ -84,9 +89,8 @@ impl Subject {
         }
         let control = DeviceControl::detached("disk");
         let workers = block.start(Resources { mem, features, queues, control })?;
-        let queues = workers.into_iter().zip((0..).map(|n| AREA * n)).map(|(worker, base)| {
-            Queue::new(&view, worker, base, kind)
-        });
+        let queues = workers.into_iter().zip(0..);
+        let queues = queues.map(|(worker, n)| Queue::new(&view, worker, AREA as u64 * n, kind));
         let queues = queues.collect::<Fallible<_>>()?;
         Ok(Self { view, queues })
     }
@@ -95,73 +99,84 @@ impl Subject {
 impl Queue {
     fn new(view: &MemoryView, worker: Box<dyn Worker>, base: u64, kind: Kind) -> Fallible<Self> {
         let Kind { packed, write, .. } = kind;
+        let events = Events::new(&worker.sources())?;
+        let queue = Self { worker, events, base, write, packed, next: 0, wrap: true };
+        let area = queue.area(view)?;
         // Packed: no interrupts. Split: the event index is passed once in 65536 requests.
-        view.write_obj(u16::from(packed), GuestAddress(base + DRIVER + 2 * u64::from(packed)))?;
-        for slot in 0..u64::from(SIZE / 3) {
-            view.write_obj(u32::from(write), GuestAddress(base + LINES + 64 * slot))?;
+        area.write_obj(u16::from(packed), DRIVER + 2 * usize::from(packed))?;
+        for slot in 0..usize::from(SIZE / 3) {
+            area.write_obj(u32::from(write), LINES + 64 * slot)?;
             if !packed {
-                for (i, (addr, len, flags)) in (0..).zip(buffers(base, write, slot)) {
+                for (i, (addr, len, flags)) in queue.buffers(slot).into_iter().enumerate() {
                     let index = 3 * slot + i;
-                    put_descriptor(view, base + 16 * index, addr, len, flags, u16::try_from(index + 1)?)?;
+                    put_descriptor(&area, 16 * index, (addr, len), flags, u16::try_from(index + 1)?)?;
                 }
             }
         }
-        Ok(Self { worker, base, write, packed, next: 0, wrap: true })
+        Ok(queue)
+    }
+
+    fn area<'m>(&self, view: &'m MemoryView) -> Fallible<MemorySlice<'m>> {
+        Ok(view.get_slice(GuestAddress(self.base), AREA)?)
+    }
+
+    /// Header, data and status of a request: address, length, flags.
+    fn buffers(&self, slot: usize) -> [(u64, u32, u16); 3] {
+        let (line, data) = (self.base + (LINES + 64 * slot) as u64, self.base + (DATA + BLOCK * slot) as u64);
+        let direction = if self.write { 0 } else { WRITE };
+        [(line, 16, NEXT), (data, 4096, NEXT | direction), (line + STATUS as u64, 1, WRITE)]
     }
 
     /// Puts a request for the block at `offset` into the ring.
-    fn submit(&mut self, view: &MemoryView, slot: u64, offset: u64) -> Fallible<()> {
-        let line = self.base + LINES + 64 * slot;
-        view.write_obj(offset / 512, GuestAddress(line + 8))?;
-        view.write_obj(0xFFu8, GuestAddress(line + 16))?;
+    fn submit(&mut self, area: &MemorySlice<'_>, slot: usize, offset: u64) -> Fallible<()> {
+        let line = LINES + 64 * slot;
+        area.write_obj(offset / 512, line + 8)?;
+        area.write_obj(PENDING, line + STATUS)?;
         if !self.packed {
-            let entry = self.base + DRIVER + 4 + 2 * u64::from(self.next % SIZE);
-            view.write_obj(u16::try_from(3 * slot)?, GuestAddress(entry))?;
+            let entry = DRIVER + 4 + 2 * usize::from(self.next % SIZE);
+            area.write_obj(u16::try_from(3 * slot)?, entry)?;
             self.next = self.next.wrapping_add(1);
             return Ok(());
         }
-        let first = (self.next, self.wrap);
+        let (first, first_marks) = (self.next, self.marks());
         let mut first_flags = 0;
-        for (i, (addr, len, flags)) in buffers(self.base, self.write, slot).into_iter().enumerate() {
-            let marks = if self.wrap { AVAIL } else { USED };
-            let at = self.base + 16 * u64::from(self.next);
+        for (i, (addr, len, flags)) in self.buffers(slot).into_iter().enumerate() {
+            let at = 16 * usize::from(self.next);
             // The flags of the first come last: they make the chain available.
-            if i == 0 {
-                first_flags = flags | marks;
+            let flags = if i == 0 {
+                first_flags = flags | first_marks;
+                first_marks ^ (AVAIL | USED)
+            } else {
+                flags | self.marks()
+            };
+            put_descriptor(area, at, (addr, len), u16::try_from(slot)?, flags)?;
+            self.next += 1;
+            if self.next == SIZE {
+                (self.next, self.wrap) = (0, !self.wrap);
             }
-            let not_yet = if self.wrap { USED } else { AVAIL };
-            let flags = if i == 0 { not_yet } else { flags | marks };
-            put_descriptor(view, at, addr, len, u16::try_from(slot)?, flags)?;
-            self.step();
         }
-        let at = GuestAddress(self.base + 16 * u64::from(first.0) + 14);
-        Ok(view.store(first_flags, at, Ordering::Release)?)
+        Ok(area.store(first_flags, 16 * usize::from(first) + 14, Ordering::Release)?)
     }
 
-    /// One further in a packed ring.
-    fn step(&mut self) {
-        self.next += 1;
-        if self.next == SIZE {
-            (self.next, self.wrap) = (0, !self.wrap);
-        }
+    /// The flags that make a descriptor of a packed ring available.
+    fn marks(&self) -> u16 {
+        if self.wrap { AVAIL } else { USED }
     }
 
-    /// Lets the device do `count` requests.
-    fn finish(&mut self, view: &MemoryView, count: usize) -> Fallible<()> {
+    /// Lets the device do the first `count` requests.
+    fn finish(&mut self, area: &MemorySlice<'_>, count: usize) -> Fallible<()> {
         if !self.packed {
-            view.store(self.next, GuestAddress(self.base + DRIVER + 2), Ordering::Release)?;
+            area.store(self.next, DRIVER + 2, Ordering::Release)?;
         }
         // Whether the device wants a kick does not matter: this is one.
         self.worker.process();
-        for slot in 0..count as u64 {
-            let status = GuestAddress(self.base + LINES + 64 * slot + 16);
-            let mut looks = 0u32;
+        for slot in 0..count {
             loop {
-                match view.read_obj::<u8>(status)? {
+                match area.read_obj::<u8>(LINES + 64 * slot + STATUS)? {
                     0 => break,
-                    0xFF if looks < 1_000_000 => {
-                        // An asynchronous engine: what came of it is seen in a further step.
-                        looks += 1;
+                    // An asynchronous engine: what came of it is seen in a further step.
+                    PENDING => {
+                        self.events.wait()?;
                         self.worker.process();
                     }
                     other => return Err(format!("a request ended with status {other}").into()),
@@ -172,18 +187,50 @@ impl Queue {
     }
 }
 
-/// Header, data and status of a request: address, length, flags.
-fn buffers(base: u64, write: bool, slot: u64) -> [(u64, u32, u16); 3] {
-    let (line, data) = (base + LINES + 64 * slot, base + DATA + BLOCK as u64 * slot);
-    let direction = if write { 0 } else { WRITE };
-    [(line, 16, NEXT), (data, 4096, NEXT | direction), (line + 16, 1, WRITE)]
+/// Waits for what an event loop would wait for: edges of the worker's sources.
+struct Events(OwnedFd);
+
+impl Events {
+    fn new(sources: &[Source]) -> Fallible<Self> {
+        // SAFETY: the call takes a number.
+        let epoll = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+        if epoll < 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        // SAFETY: the kernel has just made it, and nobody else knows it.
+        let epoll = unsafe { OwnedFd::from_raw_fd(epoll) };
+        for source in sources {
+            let mut event = libc::epoll_event { events: (libc::EPOLLIN | libc::EPOLLET).cast_unsigned(), u64: 0 };
+            let (epoll, fd) = (epoll.as_raw_fd(), source.as_raw_fd());
+            // SAFETY: both are open, and the event is valid for the time of the call.
+            if unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &raw mut event) } < 0 {
+                return Err(io::Error::last_os_error().into());
+            }
+        }
+        Ok(Self(epoll))
+    }
+
+    fn wait(&self) -> Fallible<()> {
+        let mut event = libc::epoll_event { events: 0, u64: 0 };
+        // SAFETY: there is room for the one event that is asked for.
+        match unsafe { libc::epoll_wait(self.0.as_raw_fd(), &raw mut event, 1, 10_000) } {
+            1 => Ok(()),
+            0 => Err("the device does not answer".into()),
+            _ => Err(io::Error::last_os_error().into()),
+        }
+    }
 }
 
 /// Writes a descriptor: `a` and `b` are flags and next of a split ring, id and flags of a packed one.
-fn put_descriptor(view: &MemoryView, at: u64, addr: u64, len: u32, a: u16, b: u16) -> Fallible<()> {
-    let value =
-        u128::from(addr) | u128::from(len) << 64 | u128::from(a) << 96 | u128::from(b) << 112;
-    Ok(view.write_slice(&value.to_le_bytes(), GuestAddress(at))?)
+fn put_descriptor(
+    area: &MemorySlice<'_>,
+    at: usize,
+    (addr, len): (u64, u32),
+    a: u16,
+    b: u16,
+) -> Fallible<()> {
+    area.write_obj(addr, at)?;
+    Ok(area.write_obj(u64::from(len) | u64::from(a) << 32 | u64::from(b) << 48, at + 8)?)
 }
 
 impl Batch for Subject {
@@ -191,19 +238,23 @@ impl Batch for Subject {
         let Self { view, queues } = self;
         let each = offsets.len().div_ceil(queues.len());
         for (queue, offsets) in queues.iter_mut().zip(offsets.chunks(each)) {
-            for (slot, offset) in (0..).zip(offsets) {
-                queue.submit(view, slot, *offset)?;
+            let area = queue.area(view)?;
+            for (slot, offset) in offsets.iter().enumerate() {
+                queue.submit(&area, slot, *offset)?;
             }
         }
         for (queue, offsets) in queues.iter_mut().zip(offsets.chunks(each)) {
-            queue.finish(view, offsets.len())?;
+            let area = queue.area(view)?;
+            queue.finish(&area, offsets.len())?;
         }
         Ok(())
     }
 }
 
 /// Measures all combinations.
-pub fn bench(args: &Args, folder: &Path) -> Fallible<Value> {
+pub fn bench(args: &Args, folder: &Path, on: Processors) -> Fallible<Value> {
+    // The kernel's threads of an io_uring stay there too.
+    host::pin(on.device)?;
     let mut results = Vec::new();
     for format in &FORMATS {
         let path = provide(format, folder, args.size)?;
@@ -223,7 +274,7 @@ pub fn bench(args: &Args, folder: &Path) -> Fallible<Value> {
                                 if queues == 1 { "" } else { "s" }
                             );
                             if args.wants(&name) {
-                                let kind = Kind { engine, packed, queues, write, depth };
+                                let kind = Kind { engine, packed, queues, write };
                                 let subject = Subject::new((format.open)(&path)?, kind)?;
                                 cases.push((name, Box::new(subject) as Box<dyn Batch>, Times::new()));
                             }
