@@ -262,8 +262,10 @@ fn measure(
 ) -> Fallible<Vec<Value>> {
     let depth = usize::try_from(depth)?;
     let file = std::fs::File::options().read(true).write(true).open(path)?;
-    let mut floors: [(&str, Box<dyn Batch>, Times); 2] = [
+    let plain = Calls::new(file.try_clone()?, depth, write).plain();
+    let mut floors: [(&str, Box<dyn Batch>, Times); 3] = [
         ("floor: preadv, pwritev", Box::new(Calls::new(file.try_clone()?, depth, write)), Vec::new()),
+        ("floor: pread, pwrite", Box::new(plain), Vec::new()),
         ("floor: io_uring", Box::new(Ring::new(&file, depth, write)?), Vec::new()),
     ];
     let mut random = Random::default();
@@ -291,7 +293,7 @@ fn measure(
             floors.iter_mut().for_each(|(_, _, times)| times.clear());
         }
     }
-    let [(_, _, calls), _] = &floors;
+    let [(_, _, calls), ..] = &floors;
     let mut results: Vec<Value> =
         floors.iter().map(|(name, _, times)| line(name, times, calls, None)).collect();
     for case in cases {

@@ -309,6 +309,11 @@ fn measure(
             Box::new(Calls::new(file.try_clone()?, depth, write)),
             Vec::new(),
         ),
+        (
+            "floor: pread, pwrite".to_owned(),
+            Box::new(Calls::new(file.try_clone()?, depth, write).plain()),
+            Vec::new(),
+        ),
         ("floor: io_uring".to_owned(), Box::new(Ring::new(&file, depth, write)?), Vec::new()),
     ];
     subjects.extend(cases);
@@ -328,7 +333,7 @@ fn measure(
         }
     }
     head(&format!("The device without a hypervisor, {operation}, {depth} at a time"));
-    let floors = [0, 1].map(|n| subjects.get(n).map_or(Vec::new(), |(_, _, times)| times.clone()));
+    let floors = [0, 2].map(|n| subjects.get(n).map_or(Vec::new(), |(_, _, times)| times.clone()));
     let [calls, ring] = floors;
     let lines = subjects.iter().map(|(name, _, times)| {
         let floor = if name.contains("uring") { &ring } else { &calls };
