@@ -115,7 +115,9 @@ impl Subject {
         self.memory.view().read_slice(&mut bytes, GuestAddress(PARAMS + Outcome::OFFSET))?;
         let outcome = Outcome::from_bytes(bytes);
         if outcome.wrong > 0 {
-            return Err(format!("{} requests failed or brought wrong data: {command:?}", outcome.wrong).into());
+            return Err(
+                format!("{} requests failed or brought wrong data: {command:?}", outcome.wrong).into()
+            );
         }
         Ok(outcome)
     }
@@ -241,8 +243,7 @@ fn cases(args: &Args, names: &[&str], depth: u64, write: bool) -> Vec<Case> {
             let operation = if write { Operation::Write } else { Operation::Read };
             // As many at once on all queues together.
             let each = depth / queues;
-            let mut command =
-                Command { depth: each, queues, ..Command::new(operation, args.count.into()) };
+            let mut command = Command { depth: each, queues, ..Command::new(operation, args.count.into()) };
             command.features |= packed;
             if each > 0 {
                 cases.push(Case { name, subject, command, times: Vec::new(), kicks: Vec::new() });

@@ -81,7 +81,8 @@ impl Subject {
         let mut queues = Vec::new();
         for index in 0..kind.queues {
             let at = |offset: usize| AREA as u64 * u64::from(index) + offset as u64;
-            let config = QueueConfig { size: SIZE, descriptors: at(0), driver: at(DRIVER), device: at(DEVICE) };
+            let config =
+                QueueConfig { size: SIZE, descriptors: at(0), driver: at(DRIVER), device: at(DEVICE) };
             let queue = VirtQueue::new(config, SIZE, features, &view)?;
             // EFD_NONBLOCK is O_NONBLOCK.
             let kick = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
@@ -200,7 +201,8 @@ impl Events {
         // SAFETY: the kernel has just made it, and nobody else knows it.
         let epoll = unsafe { OwnedFd::from_raw_fd(epoll) };
         for source in sources {
-            let mut event = libc::epoll_event { events: (libc::EPOLLIN | libc::EPOLLET).cast_unsigned(), u64: 0 };
+            let mut event =
+                libc::epoll_event { events: (libc::EPOLLIN | libc::EPOLLET).cast_unsigned(), u64: 0 };
             let (epoll, fd) = (epoll.as_raw_fd(), source.as_raw_fd());
             // SAFETY: both are open, and the event is valid for the time of the call.
             if unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &raw mut event) } < 0 {

@@ -109,12 +109,14 @@ fn count(iov: &[libc::iovec]) -> libc::c_int {
 fn checked_offset(offset: u64, length: Option<u64>) -> io::Result<libc::off_t> {
     let end = length.and_then(|length| offset.checked_add(length));
     // What is not above the end fits as well.
-    end.and_then(|end| libc::off_t::try_from(end).ok().and(libc::off_t::try_from(offset).ok())).ok_or_else(|| {
-        io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("transfer at offset {offset} goes beyond the largest file offset"),
-        )
-    })
+    end.and_then(|end| libc::off_t::try_from(end).ok().and(libc::off_t::try_from(offset).ok())).ok_or_else(
+        || {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("transfer at offset {offset} goes beyond the largest file offset"),
+            )
+        },
+    )
 }
 
 /// One slice by one system call, repeated while it is interrupted.

@@ -222,8 +222,6 @@ pub(crate) struct Poller {
 
 impl Poller {
     const MAX_SKIP_SHIFT: u32 = 8;
-    /// Looks between two looks at the clock.
-    const LOOKS: u32 = 8;
 
     pub(crate) fn new(time: Duration) -> Self {
         Self { time, misses: 0, skip: 0 }
@@ -237,20 +235,16 @@ impl Poller {
             self.skip -= 1;
             return Ok(false);
         }
-        let mut end = None;
+        let start = Instant::now();
         loop {
-            // Looking is cheaper than reading the clock, and what is looked for is often there already.
-            for _ in 0..Self::LOOKS {
-                if ready()? {
-                    self.misses = 0;
-                    return Ok(true);
-                }
-                std::hint::spin_loop();
+            if ready()? {
+                self.misses = 0;
+                return Ok(true);
             }
-            let now = Instant::now();
-            if now >= *end.get_or_insert_with(|| now + self.time) {
+            if start.elapsed() >= self.time {
                 break;
             }
+            std::hint::spin_loop();
         }
         self.skip = 1 << self.misses.min(Self::MAX_SKIP_SHIFT);
         self.misses = self.misses.saturating_add(1);

@@ -115,9 +115,8 @@ impl Device {
         }
         (0..32).find_map(|device| {
             // SAFETY: MCFG says that configuration space is here.
-            let register = |offset: u64| unsafe {
-                Register::new((ecam + (device << 15) + (offset & 0xFFC)) as u32)
-            };
+            let register =
+                |offset: u64| unsafe { Register::new((ecam + (device << 15) + (offset & 0xFFC)) as u32) };
             if register(0).read() != PCI_BLOCK_DEVICE {
                 return None;
             }
@@ -276,7 +275,11 @@ impl Device {
                 let offset: u16 = get(common + common::QUEUE_NOTIFY_OFF);
                 put(common + common::QUEUE_ENABLE, 1u16);
                 let at = notify + multiplier * u64::from(offset);
-                (get::<u16>(common + common::QUEUE_ENABLE) == 1).then_some(Notify { at, queue: number, wide: false })
+                (get::<u16>(common + common::QUEUE_ENABLE) == 1).then_some(Notify {
+                    at,
+                    queue: number,
+                    wide: false,
+                })
             }
         }
     }
