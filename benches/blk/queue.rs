@@ -11,7 +11,7 @@ use freestone_benches::disk::{BLOCK, Batch, Calls, Random, Ring};
 use freestone_benches::rounds::CycleFrom;
 use freestone_benches::{Fallible, host};
 use freestone_block::{Engine, Image};
-use freestone_bus::{EventFd, Irq, Source};
+use freestone_bus::{EventFd, Irq, Progress, Source};
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemoryBackend, MemorySlice, MemoryView};
 use freestone_virtio::{
     ActiveQueue, Block, BlockConfig, DeviceControl, QueueConfig, Resources, VirtQueue, VirtioDevice, Worker,
@@ -164,13 +164,18 @@ impl Queue {
         if self.wrap { AVAIL } else { USED }
     }
 
+    /// Drives the worker until it has nothing to do.
+    fn turn(&mut self) {
+        while self.worker.process() == Progress::More {}
+    }
+
     /// Lets the device do the first `count` requests.
     fn finish(&mut self, area: &MemorySlice<'_>, count: usize) -> Fallible<()> {
         if !self.packed {
             area.store(self.next, DRIVER + 2, Ordering::Release)?;
         }
         // Whether the device wants a kick does not matter: this is one.
-        self.worker.process();
+        self.turn();
         for slot in 0..count {
             loop {
                 match area.read_obj::<u8>(LINES + 64 * slot + STATUS)? {
@@ -178,7 +183,7 @@ impl Queue {
                     // An asynchronous engine: what came of it is seen in a further step.
                     PENDING => {
                         self.events.wait()?;
-                        self.worker.process();
+                        self.turn();
                     }
                     other => return Err(format!("a request ended with status {other}").into()),
                 }
