@@ -1,7 +1,5 @@
 //! What the I/O engines of disk images cost, beside bare system calls and a bare io_uring. See the README.
 
-mod floor;
-
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -10,13 +8,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
+use freestone_benches::disk::{BLOCK, Batch, Calls, Random, Ring};
+use freestone_benches::rounds::CycleFrom;
 use freestone_benches::{CommonArgs, Fallible, rounds};
 use freestone_block::{Engine, Image, IoQueue, Op, RawOptions, Submitted};
 use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend};
 use serde_json::{Value, json};
-
-/// Bytes of a request.
-const BLOCK: usize = 4096;
 
 /// Measure the I/O engines of disk images, beside bare system calls and a bare io_uring.
 #[derive(Debug, Parser)]
@@ -43,12 +40,6 @@ struct Args {
     /// A few short rounds on a small image: to see that it works.
     #[arg(long)]
     quick: bool,
-}
-
-/// What carries out requests.
-trait Batch {
-    /// One request for each offset, as many at once as there are; returns when all are done.
-    fn batch(&mut self, offsets: &[u64]) -> Fallible<()>;
 }
 
 /// A queue of ours with its guest memory.
@@ -171,18 +162,17 @@ fn measure(args: &Args, place: &Place, write: bool, depth: usize) -> Fallible<Va
     let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&place.path)?;
     let image: Arc<dyn Image> = Arc::new(RawOptions::new().direct(place.direct).open(&place.path)?);
     let mut subjects: [Box<dyn Batch>; 5] = [
-        Box::new(floor::Calls::new(file.try_clone()?, depth, write)),
-        Box::new(floor::Ring::new(&file, depth, write)?),
+        Box::new(Calls::new(file.try_clone()?, depth, write)),
+        Box::new(Ring::new(&file, depth, write)?),
         Box::new(Queue::new(&image, Engine::Sync, depth, write)?),
         Box::new(Queue::new(&image, Engine::Uring, depth, write)?),
         Box::new(Queue::new(&image, Engine::Auto, depth, write)?),
     ];
     let mut times: [Vec<f64>; 5] = Default::default();
-    let mut random = Random(0x9E37_79B9_7F4A_7C15);
+    let mut random = Random::default();
     let count = usize::try_from(args.count)?;
     for round in 0..=args.rounds {
-        let offsets: Vec<u64> =
-            (0..count).map(|_| random.below(u64::from(args.size) << 8) * BLOCK as u64).collect();
+        let offsets = random.offsets(count, u64::from(args.size) << 20);
         let first = usize::try_from(round)? % subjects.len();
         for (subject, times) in subjects.iter_mut().zip(&mut times).cycle_from(first) {
             let begin = Instant::now();
@@ -220,28 +210,4 @@ fn report(place: &str, write: bool, depth: usize, times: &[Vec<f64>; 5]) -> Valu
         "sync_ns": sync, "uring_ns": uring, "auto_ns": auto, "sync_ratio": sync_ratio, "uring_ratio": uring_ratio,
         "auto_ratio": auto_ratio,
     })
-}
-
-/// All items, but from another one on, so that nobody is always first.
-trait CycleFrom: Iterator + Sized {
-    fn cycle_from(self, first: usize) -> impl Iterator<Item = Self::Item> {
-        let mut items: Vec<_> = self.collect();
-        let first = first % items.len().max(1);
-        items.rotate_left(first);
-        items.into_iter()
-    }
-}
-
-impl<I: Iterator> CycleFrom for I {}
-
-/// Numbers without a pattern: xorshift.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
 }

@@ -3,6 +3,7 @@
 //! It is a package for this repository alone: nothing here is meant to be linked by others.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+pub mod disk;
 pub mod floor;
 pub mod host;
 pub mod image;

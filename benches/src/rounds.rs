@@ -30,6 +30,19 @@ pub fn ratio(values: &[f64], floor: &[f64]) -> f64 {
     median(&ratios)
 }
 
+/// All items, but from another one on, so that nobody is always first.
+pub trait CycleFrom: Iterator + Sized {
+    /// All of them, from number `first` on.
+    fn cycle_from(self, first: usize) -> impl Iterator<Item = Self::Item> {
+        let mut items: Vec<_> = self.collect();
+        let first = first % items.len().max(1);
+        items.rotate_left(first);
+        items.into_iter()
+    }
+}
+
+impl<I: Iterator> CycleFrom for I {}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -72,7 +72,8 @@ pub(crate) struct Run {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(crate) initrd: Option<PathBuf>,
 
-    /// Kernel command line [default with --kernel: "console=ttyS0 panic=-1", and root=/dev/vda if there is a disk but no
+    /// Kernel command line [default with --kernel: "console=ttyS0 panic=-1", pci=off with --transport mmio, and
+    /// root=/dev/vda if there is a disk but no
     /// initrd].
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,

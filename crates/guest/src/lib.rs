@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+pub mod blk;
 pub mod demo;
 pub mod exits;
 pub mod paging;
@@ -25,6 +26,9 @@ pub const START: &[u8] = program!("start");
 /// The guest of the exit benches: as many exits of a kind as the host asks for. See [`exits`].
 pub const EXITS: &[u8] = program!("exits");
 
+/// The guest of the disk bench: blocks of a virtio disk at random, as fast as the device answers. See [`blk`].
+pub const BLK: &[u8] = program!("blk");
+
 /// Starts the application processors and counts them.
 ///
 /// It reads the processors from the ACPI MADT, starts each by INIT and SIPI through the local APIC (xAPIC, memory-mapped at
@@ -48,10 +52,11 @@ pub const ECHO: &[u8] = program!("echo");
 pub const WRITER: &[u8] = program!("writer");
 
 /// All images with their names, for tests and lists.
-pub const ALL: [(&str, &[u8]); 8] = [
+pub const ALL: [(&str, &[u8]); 9] = [
     ("demo", DEMO),
     ("start", START),
     ("exits", EXITS),
+    ("blk", BLK),
     ("smp", SMP),
     ("paging", PAGING),
     ("probe", PROBE),

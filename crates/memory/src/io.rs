@@ -1,7 +1,7 @@
 //! Positional vectored file I/O straight into and out of guest memory, without a copy.
 //!
 //! Crates that forbid `unsafe` (block devices, image formats) do their file I/O through these functions. They are
-//! `preadv(2)` and `pwritev(2)` over [`VolatileSlice`]s, and `preadv2(2)` where it must not wait, and nothing more: no
+//! `preadv(2)` and `pwritev(2)` (for one slice `pread(2)` and `pwrite(2)`) over [`VolatileSlice`]s, and `preadv2(2)` where it must not wait, and nothing more: no
 //! queueing, no retry of short transfers.
 //!
 //! The system calls are made through libc and not through rustix or `std`, because those take `IoSliceMut`, which is a
@@ -35,6 +35,16 @@ pub fn read_vectored_at<B: BitmapSlice>(
     bufs: &[VolatileSlice<'_, B>],
     offset: u64,
 ) -> io::Result<usize> {
+    if let [buf] = bufs {
+        let done = transfer_one(buf, offset, |at, len, offset| {
+            // SAFETY: `at..at + len` is the memory of a `VolatileSlice` borrowed for the whole call: mapped, writable by the
+            // slice's contract, and never turned into a reference here. `fd` is open while it is borrowed. PREAD64 takes these
+            // four arguments.
+            unsafe { libc::syscall(libc::SYS_pread64, fd.as_raw_fd(), at, len, offset) }
+        })?;
+        mark_dirty(bufs, done);
+        return Ok(done);
+    }
     let done = transfer(bufs, offset, |iov, offset| {
         // SAFETY: `transfer` gives iovecs that each describe the memory of a `VolatileSlice` borrowed for the whole call:
         // mapped, writable by the slice's contract, and never turned into a reference here. `iov.len()` is at most
@@ -77,6 +87,12 @@ pub fn write_vectored_at<B: BitmapSlice>(
     bufs: &[VolatileSlice<'_, B>],
     offset: u64,
 ) -> io::Result<usize> {
+    if let [buf] = bufs {
+        return transfer_one(buf, offset, |at, len, offset| {
+            // SAFETY: as in `read_vectored_at`; the kernel only reads the memory, as told below.
+            unsafe { libc::syscall(libc::SYS_pwrite64, fd.as_raw_fd(), at, len, offset) }
+        });
+    }
     transfer(bufs, offset, |iov, offset| {
         // SAFETY: as in `read_vectored_at`; the kernel only reads the memory. The guest may change it meanwhile: then the
         // file gets a mixture, which is the guest's own doing and no concern of memory safety.
@@ -89,6 +105,51 @@ fn count(iov: &[libc::iovec]) -> libc::c_int {
     libc::c_int::try_from(iov.len()).unwrap_or(0)
 }
 
+/// The offset of a transfer of `length` bytes as the system calls want it; `length` is `None` if it does not fit 64 bits.
+fn checked_offset(offset: u64, length: Option<u64>) -> io::Result<libc::off_t> {
+    let end = length.and_then(|length| offset.checked_add(length));
+    // What is not above the end fits as well.
+    end.and_then(|end| libc::off_t::try_from(end).ok().and(libc::off_t::try_from(offset).ok())).ok_or_else(
+        || {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("transfer at offset {offset} goes beyond the largest file offset"),
+            )
+        },
+    )
+}
+
+/// One slice by one system call, repeated while it is interrupted.
+///
+/// A request of a disk is mostly one slice. The kernel does a call without iovecs in less time, and a call that is made
+/// directly is no cancellation point of the C library, which costs two locked instructions where there are several threads.
+fn transfer_one<B: BitmapSlice>(
+    buf: &VolatileSlice<'_, B>,
+    offset: u64,
+    call: impl Fn(*mut u8, usize, libc::off_t) -> libc::c_long,
+) -> io::Result<usize> {
+    let offset = checked_offset(offset, u64::try_from(buf.len()).ok())?;
+    if buf.is_empty() {
+        return Ok(0);
+    }
+    // As in `one_chunk`, the slice's lifetime keeps the memory mapped.
+    let guard = buf.ptr_guard_mut();
+    repeat(|| call(guard.as_ptr(), guard.len(), offset))
+}
+
+/// Makes a call again while it is interrupted. A negative result means errno.
+fn repeat<T: TryInto<usize>>(call: impl Fn() -> T) -> io::Result<usize> {
+    loop {
+        if let Ok(done) = call().try_into() {
+            return Ok(done);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
 /// Calls `call` for chunks of at most `IOV_MAX` slices until all are done or one comes out short.
 fn transfer<B: BitmapSlice>(
     bufs: &[VolatileSlice<'_, B>],
@@ -96,13 +157,7 @@ fn transfer<B: BitmapSlice>(
     call: impl Fn(&[libc::iovec], libc::off_t) -> libc::ssize_t,
 ) -> io::Result<usize> {
     let length = bufs.iter().try_fold(0u64, |sum, buf| sum.checked_add(u64::try_from(buf.len()).ok()?));
-    let end = length.and_then(|length| offset.checked_add(length));
-    if end.is_none_or(|end| libc::off_t::try_from(end).is_err()) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("transfer at offset {offset} goes beyond the largest file offset"),
-        ));
-    }
+    checked_offset(offset, length)?;
     if bufs.len() <= INLINE {
         let mut iov = [NO_IOVEC; INLINE];
         return one_chunk(bufs, &mut iov, offset, &call).map(|(done, _)| done);
@@ -147,16 +202,7 @@ fn one_chunk<B: BitmapSlice>(
     }
     let iov = iov.get(..used).unwrap_or_default();
     let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-    loop {
-        // A negative result is the only one that does not fit, and means errno.
-        if let Ok(done) = usize::try_from(call(iov, offset)) {
-            return Ok((done, wanted));
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
+    repeat(|| call(iov, offset)).map(|done| (done, wanted))
 }
 
 /// Marks the first `len` bytes of `bufs` as dirty.
