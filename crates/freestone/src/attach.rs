@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use freestone_vmm::block::{
-    self, Backing, DiskOptions, FormatChoice, Image, ImageFormat, RawImage, RawOptions,
+    self, Backing, DiskOptions, Engine, FormatChoice, Image, ImageFormat, RawImage, RawOptions,
 };
 use freestone_vmm::bus::{Spawn, ThreadSpawner};
 use freestone_vmm::virtio::balloon::{Balloon, BalloonConfig};
@@ -94,10 +94,11 @@ impl Attached {
 
     /// The disks in order. The built-in guest has a disk of its own in front.
     fn disks(&mut self, args: &Run) -> Result<(), Failure> {
-        if args.disks.len() > MAX_DISKS {
+        let most = MAX_DISKS - usize::from(args.kernel.is_none());
+        if args.disks.len() > most {
             let asked = args.disks.len();
             return Err(Failure::usage(format!(
-                "{asked} disks are too many: --disk may be given {MAX_DISKS} times"
+                "{asked} disks are too many: --disk may be given {most} times"
             )));
         }
         let mut letters = 'a'..='z';
@@ -177,8 +178,10 @@ fn open(spec: &DiskSpec) -> Result<(Arc<dyn Image>, bool), Failure> {
         let options = RawOptions::new().read_only(spec.read_only).direct(spec.direct);
         return Ok((Arc::new(raw(&spec.path, options)?), false));
     }
-    if spec.direct {
-        return Err(Failure::usage(format!("{}: direct is for raw images", spec.path.display())));
+    // Said here, not by a disk that fails when the guest starts it.
+    let raw_only = [(spec.direct, "direct"), (spec.engine == Engine::Uring, "engine=uring")];
+    if let Some((_, option)) = raw_only.iter().find(|(asked, _)| *asked) {
+        return Err(Failure::usage(format!("disk {:?}: {option} is for raw images", spec.path)));
     }
     let backing = if spec.backing { Backing::Allow } else { Backing::Deny };
     let options = DiskOptions::new().format(FormatChoice::Given(format)).read_only(spec.read_only);

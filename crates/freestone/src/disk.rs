@@ -75,7 +75,7 @@ impl FromStr for DiskSpec {
             direct: options.switch("direct")?.unwrap_or(false),
             serial: options.text("serial")?,
             block_size: options.with("block-size", block_size)?,
-            bandwidth: options.with("bandwidth", size::parse_bytes)?,
+            bandwidth: options.with("bandwidth", size::parse_rate)?,
             iops: options.with("iops", positive)?,
             thread: options.switch("thread")?,
         };
@@ -167,6 +167,7 @@ mod tests {
             ("p,wo", "\"wo\" is no option here"),
             ("p,block-size=1024", "512 or 4096"),
             ("p,iops=0", "from 1 on"),
+            ("p,bandwidth=0", "more than 0"),
         ] {
             let error = spec(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

@@ -21,7 +21,7 @@ impl FromStr for RngSpec {
         let mut options = Options::parse(text, None)?;
         on(&mut options)?;
         let spec = Self {
-            bandwidth: options.with("bandwidth", size::parse_bytes)?,
+            bandwidth: options.with("bandwidth", size::parse_rate)?,
             iops: options.with("iops", positive)?,
         };
         options.finish("bandwidth, iops")?;

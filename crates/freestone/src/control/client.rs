@@ -33,7 +33,7 @@ pub(crate) struct Ctl {
     socket: PathBuf,
 
     /// Print the machine's answer as it is, in JSON.
-    #[arg(long)]
+    #[arg(long, global = true)]
     json: bool,
 
     #[command(subcommand)]
@@ -72,7 +72,7 @@ enum DiskWhat {
     /// Limit what goes through the disk; without options there is no limit any more.
     Limit {
         /// Bytes a second.
-        #[arg(long, value_name = "SIZE", value_parser = size::parse_bytes)]
+        #[arg(long, value_name = "SIZE", value_parser = size::parse_rate)]
         bandwidth: Option<u64>,
         /// Requests a second.
         #[arg(long, value_name = "N", value_parser = disk::positive)]
