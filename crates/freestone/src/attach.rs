@@ -23,6 +23,10 @@ use crate::failure::Failure;
 
 /// The most disks: as many as there are letters. A transport may have less room.
 const MAX_DISKS: usize = 26;
+/// Virtio devices that a transport has room for: PCI has 32 device numbers, of which the host bridge has one; each device on
+/// MMIO has a line of the I/O APIC from 5 to 23.
+const ROOM_ON_PCI: usize = 31;
+const ROOM_ON_MMIO: usize = 19;
 /// Queues of a disk if none are asked for: one for each vCPU, up to this.
 const DEFAULT_QUEUES: u32 = 4;
 
@@ -45,6 +49,7 @@ impl Attached {
         };
         let mut attached =
             Self { plugs: Vec::new(), controls: Controls::default(), console: None, transport };
+        room(args)?;
         attached.disks(args)?;
         if args.console == ConsoleKind::Virtio {
             let device = console.virtio()?;
@@ -162,6 +167,28 @@ impl Attached {
         }
         self.controls.stats.push(plug.stats());
         self.plugs.push(plug);
+    }
+}
+
+/// Whether there is room for all devices, said before any file is touched.
+fn room(args: &Run) -> Result<(), Failure> {
+    let single = [
+        args.kernel.is_none(),
+        args.console == ConsoleKind::Virtio,
+        args.rng.is_some(),
+        args.balloon.is_some(),
+        args.vsock.is_some(),
+        args.memory_hotplug.is_some(),
+    ];
+    let asked = args.disks.len() + args.pmems.len() + single.iter().filter(|asked| **asked).count();
+    match args.transport {
+        cli::Transport::Mmio if asked > ROOM_ON_MMIO => Err(Failure::usage(format!(
+            "{asked} virtio devices are too many: MMIO has room for {ROOM_ON_MMIO}, and --transport pci for {ROOM_ON_PCI}"
+        ))),
+        cli::Transport::Pci if asked > ROOM_ON_PCI => Err(Failure::usage(format!(
+            "{asked} virtio devices are too many: PCI has room for {ROOM_ON_PCI}"
+        ))),
+        _ => Ok(()),
     }
 }
 

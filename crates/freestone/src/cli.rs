@@ -51,16 +51,18 @@ Examples:
       Boot the built-in guest: it checks CPU, memory and devices and powers off.
   freestone run --kernel bzImage --initrd initrd.img --memory 1G --cpus 2
       Boot a Linux kernel to its initramfs.
-  freestone run --kernel vmlinux --disk root.img --disk data.img,ro --cmdline 'console=ttyS0 root=/dev/vda rw'
+  freestone run --kernel vmlinux --disk root.img --disk data.img,ro
       Boot from a disk; the second disk cannot be written.
-  freestone run --kernel vmlinux --disk path=root.qcow2,format=qcow2,queues=2 --rng --vsock vm.sock --control vm.ctl
-      A qcow2 image with two queues, entropy, sockets to the host, and control by `freestone ctl vm.ctl`.
+  freestone run --kernel vmlinux --disk path=root.qcow2,format=qcow2,queues=2 --control vm.ctl
+      Boot from a qcow2 image with two queues; `freestone ctl vm.ctl stats` shows what they do.
+  freestone run --rng --vsock vm.sock
+      Entropy and sockets to the host.
 
 On a terminal, Ctrl-A x stops the machine and Ctrl-A h lists the other keys.
 
 Exit status:
   0  the guest powered off            3  the guest reset (reboot)
-  1  something failed on the host     4  the guest's kernel panicked
+  1  something failed on the host     4  the guest's kernel panicked, then reset or powered off
   2  wrong usage                      5  the guest crashed (triple fault, bad instruction)
                                     130  stopped by Ctrl-A x or a signal")]
 pub(crate) struct Run {
@@ -72,8 +74,8 @@ pub(crate) struct Run {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(crate) initrd: Option<PathBuf>,
 
-    /// Kernel command line [default with --kernel: "console=ttyS0 panic=-1", and root=/dev/vda if there is a disk but no
-    /// initrd].
+    /// Kernel command line [default with --kernel: "console=ttyS0 panic=-1" (hvc0 with --console virtio), and root=/dev/vda if
+    /// there is a disk but no initrd].
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
 

@@ -13,12 +13,18 @@ use virtio_drivers::device::rng::VirtIORng;
 use virtio_drivers::transport::mmio::{MmioError, MmioTransport, VirtIOHeader};
 use virtio_drivers::transport::pci::bus::{Command, DeviceFunction, PciRoot};
 use virtio_drivers::transport::pci::{PciTransport, VirtioPciError, virtio_device_type};
-use virtio_drivers::transport::{DeviceType, SomeTransport, Transport};
+use virtio_drivers::transport::SomeTransport;
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
 use crate::disk;
 use crate::pci::{Ecam, Vectors};
 use crate::report::Report;
+
+/// The vendor of virtio functions on PCI (4.1.2).
+const VENDOR: u16 = 0x1AF4;
+/// Devices that there are drivers for here.
+const BLOCK: u32 = 2;
+const ENTROPY: u32 = 4;
 
 /// The devices that the command line names, and those on PCI.
 pub struct Devices {
@@ -54,8 +60,12 @@ impl Devices {
         let mmio = words.filter_map(|word| Device::parse(word.strip_prefix("virtio_mmio.device=")?));
         let pci = self.ecam.into_iter().flat_map(|ecam| {
             PciRoot::new(ecam).enumerate_bus(0).filter_map(move |(function, info)| {
-                let kind = virtio_device_type(&info)?;
-                Some(Device { id: kind as u32, place: Place::Pci { ecam, function } })
+                // A modern function's number says the device (virtio 1.2, 4.1.2); the driver crate does not know all of them.
+                let id = match (info.vendor_id, info.device_id) {
+                    (VENDOR, number @ 0x1040..=0x107F) => u32::from(number - 0x1040),
+                    _ => virtio_device_type(&info)? as u32,
+                };
+                Some(Device { id, place: Place::Pci { ecam, function } })
             })
         });
         mmio.chain(pci)
@@ -169,6 +179,9 @@ impl fmt::Display for Device {
 
 /// Drives the device, if there is a driver for it.
 pub fn work(report: &mut Report, index: usize, device: &Device) {
+    if !matches!(device.id, BLOCK | ENTROPY) {
+        return;
+    }
     let transport = match device.transport() {
         Ok(transport) => transport,
         Err(error) => {
@@ -176,10 +189,9 @@ pub fn work(report: &mut Report, index: usize, device: &Device) {
             return;
         }
     };
-    match transport.device_type() {
-        DeviceType::Block => disk::work(report, index, device, transport),
-        DeviceType::EntropySource => entropy(report, transport),
-        _ => {}
+    match device.id {
+        BLOCK => disk::work(report, index, device, transport),
+        _ => entropy(report, transport),
     }
 }
 
