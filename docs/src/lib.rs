@@ -4,6 +4,10 @@
 pub mod architecture {}
 #[doc = include_str!("../getting-started.md")]
 pub mod getting_started {}
+#[doc = include_str!("../storage.md")]
+pub mod storage {}
+#[doc = include_str!("../devices.md")]
+pub mod devices {}
 #[doc = include_str!("../testing.md")]
 pub mod testing {}
 #[doc = include_str!("../writing-a-vmm.md")]

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use freestone_vmm::block::{
-    self, Backing, DiskOptions, FormatChoice, Image, ImageFormat, RawImage, RawOptions,
+    self, Backing, DiskOptions, Engine, FormatChoice, Image, ImageFormat, RawImage, RawOptions,
 };
 use freestone_vmm::bus::{Spawn, ThreadSpawner};
 use freestone_vmm::virtio::balloon::{Balloon, BalloonConfig};
@@ -23,6 +23,10 @@ use crate::failure::Failure;
 
 /// The most disks: as many as there are letters. A transport may have less room.
 const MAX_DISKS: usize = 26;
+/// Virtio devices that a transport has room for: PCI has 32 device numbers, of which the host bridge has one; each device on
+/// MMIO has a line of the I/O APIC from 5 to 23.
+const ROOM_ON_PCI: usize = 31;
+const ROOM_ON_MMIO: usize = 19;
 /// Queues of a disk if none are asked for: one for each vCPU, up to this.
 const DEFAULT_QUEUES: u32 = 4;
 
@@ -45,6 +49,7 @@ impl Attached {
         };
         let mut attached =
             Self { plugs: Vec::new(), controls: Controls::default(), console: None, transport };
+        room(args)?;
         attached.disks(args)?;
         if args.console == ConsoleKind::Virtio {
             let device = console.virtio()?;
@@ -94,10 +99,11 @@ impl Attached {
 
     /// The disks in order. The built-in guest has a disk of its own in front.
     fn disks(&mut self, args: &Run) -> Result<(), Failure> {
-        if args.disks.len() > MAX_DISKS {
+        let most = MAX_DISKS - usize::from(args.kernel.is_none());
+        if args.disks.len() > most {
             let asked = args.disks.len();
             return Err(Failure::usage(format!(
-                "{asked} disks are too many: --disk may be given {MAX_DISKS} times"
+                "{asked} disks are too many: --disk may be given {most} times"
             )));
         }
         let mut letters = 'a'..='z';
@@ -164,6 +170,28 @@ impl Attached {
     }
 }
 
+/// Whether there is room for all devices, said before any file is touched.
+fn room(args: &Run) -> Result<(), Failure> {
+    let single = [
+        args.kernel.is_none(),
+        args.console == ConsoleKind::Virtio,
+        args.rng.is_some(),
+        args.balloon.is_some(),
+        args.vsock.is_some(),
+        args.memory_hotplug.is_some(),
+    ];
+    let asked = args.disks.len() + args.pmems.len() + single.iter().filter(|asked| **asked).count();
+    match args.transport {
+        cli::Transport::Mmio if asked > ROOM_ON_MMIO => Err(Failure::usage(format!(
+            "{asked} virtio devices are too many: MMIO has room for {ROOM_ON_MMIO}, and --transport pci for {ROOM_ON_PCI}"
+        ))),
+        cli::Transport::Pci if asked > ROOM_ON_PCI => Err(Failure::usage(format!(
+            "{asked} virtio devices are too many: PCI has room for {ROOM_ON_PCI}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Opens a disk's image. Also says whether its requests hold up the thread they are made on.
 fn open(spec: &DiskSpec) -> Result<(Arc<dyn Image>, bool), Failure> {
     let choice = match spec.format {
@@ -177,8 +205,10 @@ fn open(spec: &DiskSpec) -> Result<(Arc<dyn Image>, bool), Failure> {
         let options = RawOptions::new().read_only(spec.read_only).direct(spec.direct);
         return Ok((Arc::new(raw(&spec.path, options)?), false));
     }
-    if spec.direct {
-        return Err(Failure::usage(format!("{}: direct is for raw images", spec.path.display())));
+    // Said here, not by a disk that fails when the guest starts it.
+    let raw_only = [(spec.direct, "direct"), (spec.engine == Engine::Uring, "engine=uring")];
+    if let Some((_, option)) = raw_only.iter().find(|(asked, _)| *asked) {
+        return Err(Failure::usage(format!("disk {:?}: {option} is for raw images", spec.path)));
     }
     let backing = if spec.backing { Backing::Allow } else { Backing::Deny };
     let options = DiskOptions::new().format(FormatChoice::Given(format)).read_only(spec.read_only);

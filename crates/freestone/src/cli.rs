@@ -51,16 +51,18 @@ Examples:
       Boot the built-in guest: it checks CPU, memory and devices and powers off.
   freestone run --kernel bzImage --initrd initrd.img --memory 1G --cpus 2
       Boot a Linux kernel to its initramfs.
-  freestone run --kernel vmlinux --disk root.img --disk data.img,ro --cmdline 'console=ttyS0 root=/dev/vda rw'
+  freestone run --kernel vmlinux --disk root.img --disk data.img,ro
       Boot from a disk; the second disk cannot be written.
-  freestone run --kernel vmlinux --disk path=root.qcow2,format=qcow2,queues=2 --rng on --vsock vm.sock --control vm.ctl
-      A qcow2 image with two queues, entropy, sockets to the host, and control by `freestone ctl vm.ctl`.
+  freestone run --kernel vmlinux --disk path=root.qcow2,format=qcow2,queues=2 --control vm.ctl
+      Boot from a qcow2 image with two queues; `freestone ctl vm.ctl stats` shows what they do.
+  freestone run --rng --vsock vm.sock
+      Entropy and sockets to the host.
 
 On a terminal, Ctrl-A x stops the machine and Ctrl-A h lists the other keys.
 
 Exit status:
   0  the guest powered off            3  the guest reset (reboot)
-  1  something failed on the host     4  the guest's kernel panicked
+  1  something failed on the host     4  the guest's kernel panicked, then reset or powered off
   2  wrong usage                      5  the guest crashed (triple fault, bad instruction)
                                     130  stopped by Ctrl-A x or a signal")]
 pub(crate) struct Run {
@@ -72,9 +74,8 @@ pub(crate) struct Run {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(crate) initrd: Option<PathBuf>,
 
-    /// Kernel command line [default with --kernel: "console=ttyS0 panic=-1", pci=off with --transport mmio, and
-    /// root=/dev/vda if there is a disk but no
-    /// initrd].
+    /// Kernel command line [default with --kernel: "console=ttyS0 panic=-1" (hvc0 with --console virtio), pci=off with
+    /// --transport mmio, and root=/dev/vda if there is a disk but no initrd].
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
 
@@ -102,7 +103,7 @@ pub(crate) struct Run {
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Transport::Pci)]
     pub(crate) transport: Transport,
 
-    /// Attach a disk image. May be repeated: the first is /dev/vda, then vdb, and so on.
+    /// Attach a disk image. May be repeated: the first is /dev/vda, then vdb, and so on. The built-in guest has a vda of its own.
     ///
     /// Options: ro; format=raw, qcow2 or probe; backing=on; queues=N; engine=auto, sync or uring; cache=writeback or writethrough;
     /// direct; serial=TEXT; block-size=512 or 4096; bandwidth=SIZE and iops=N (in a second); thread=on or off. A comma in a
@@ -115,15 +116,16 @@ pub(crate) struct Run {
     pub(crate) disks: Vec<DiskSpec>,
 
     /// Attach an entropy source (/dev/hwrng). Options: bandwidth=SIZE and iops=N limit what the guest gets in a second.
-    #[arg(long, value_name = "on[,OPTION...]", num_args = 0..=1, default_missing_value = "on")]
+    #[arg(long, value_name = "OPTION,...", num_args = 0..=1, default_missing_value = "on")]
     pub(crate) rng: Option<RngSpec>,
 
-    /// Attach a memory balloon. Options: target=SIZE, deflate-on-oom=off, reporting=off, hinting=on.
-    #[arg(long, value_name = "on[,OPTION...]", num_args = 0..=1, default_missing_value = "on")]
+    /// Attach a memory balloon. Options: target=SIZE that the guest gives up at first, deflate-on-oom=off, reporting=off,
+    /// hinting=on.
+    #[arg(long, value_name = "OPTION,...", num_args = 0..=1, default_missing_value = "on")]
     pub(crate) balloon: Option<BalloonSpec>,
 
-    /// Attach sockets between guest and host; cid=N is the guest's number, 3 if not said. Programs connect to SOCKET and say `CONNECT port`; a connection
-    /// of the guest to port P arrives at SOCKET_P.
+    /// Attach sockets between guest and host (vsock). A program of the host connects to SOCKET and says `CONNECT port`; a
+    /// connection of the guest to port P of the host (CID 2) arrives at SOCKET_P. cid=N is the guest's number, 3 if not said.
     #[arg(long, value_name = "SOCKET[,cid=N]")]
     pub(crate) vsock: Option<VsockSpec>,
 
@@ -132,7 +134,8 @@ pub(crate) struct Run {
     #[arg(long = "pmem", value_name = "FILE[,OPTION...]")]
     pub(crate) pmems: Vec<PmemSpec>,
 
-    /// Let memory be plugged and unplugged while the guest runs, up to MOST. Options: requested=SIZE at first, block=SIZE.
+    /// Let memory be plugged and unplugged while the guest runs, up to MOST. Options: requested=SIZE at first; block=SIZE, the
+    /// unit, 2M or more.
     #[arg(long, value_name = "MOST[,OPTION...]")]
     pub(crate) memory_hotplug: Option<HotplugSpec>,
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use freestone_vmm::block::Engine;
+use freestone_vmm::virtio::blk::ID_LEN;
 
 use crate::options::Options;
 use crate::size;
@@ -73,9 +74,9 @@ impl FromStr for DiskSpec {
             engine: options.with("engine", engine)?.unwrap_or_default(),
             writethrough: options.with("cache", cache)?.unwrap_or(false),
             direct: options.switch("direct")?.unwrap_or(false),
-            serial: options.text("serial")?,
+            serial: options.with("serial", serial)?,
             block_size: options.with("block-size", block_size)?,
-            bandwidth: options.with("bandwidth", size::parse_bytes)?,
+            bandwidth: options.with("bandwidth", size::parse_rate)?,
             iops: options.with("iops", positive)?,
             thread: options.switch("thread")?,
         };
@@ -123,6 +124,13 @@ fn block_size(text: &str) -> Result<u32, String> {
     }
 }
 
+fn serial(text: &str) -> Result<String, String> {
+    match text.len() {
+        0..=ID_LEN => Ok(text.to_owned()),
+        len => Err(format!("{len} bytes are too long: there is room for {ID_LEN}")),
+    }
+}
+
 /// A number that is not 0.
 pub(crate) fn positive(text: &str) -> Result<u64, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "say a number from 1 on".to_owned())
@@ -167,6 +175,8 @@ mod tests {
             ("p,wo", "\"wo\" is no option here"),
             ("p,block-size=1024", "512 or 4096"),
             ("p,iops=0", "from 1 on"),
+            ("p,bandwidth=0", "more than 0"),
+            ("p,serial=a-number-that-is-too-long", "too long"),
         ] {
             let error = spec(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

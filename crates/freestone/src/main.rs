@@ -19,7 +19,7 @@ mod specs;
 mod stats;
 mod terminal;
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -49,8 +49,8 @@ fn main() -> ExitCode {
 
 fn log_to_stderr(filter: &str) -> Result<(), Failure> {
     let subscriber = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .without_time();
     // A plain level needs no filter machinery, which costs a fair part of the start of a small machine.
     if let Ok(level) = filter.parse::<LevelFilter>() {
@@ -63,13 +63,14 @@ fn log_to_stderr(filter: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Help goes to standard output in full; an error is one line, with the value in it.
+/// Help goes to standard output in full, in colour if that is a terminal; an error is one line, with the value in it.
 fn usage(error: &clap::Error) -> ExitCode {
     match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-            print!("{}", error.render().ansi());
-            ExitCode::SUCCESS
-        }
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match error.print() {
+            // Whoever reads has read enough.
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => ExitCode::from(failure::FAILURE),
+            _ => ExitCode::SUCCESS,
+        },
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             eprint!("{}", error.render());
             ExitCode::from(failure::USAGE)

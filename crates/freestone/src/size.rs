@@ -29,6 +29,14 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     parse(text)
 }
 
+/// Parses bytes in a second: a size that is not 0.
+pub(crate) fn parse_rate(text: &str) -> Result<u64, String> {
+    match parse(text)? {
+        0 => Err("say more than 0, or nothing for no limit".to_owned()),
+        bytes => Ok(bytes),
+    }
+}
+
 /// Parses the size of a disk: whole sectors of 512 bytes; a number without a unit counts bytes.
 pub(crate) fn parse_disk(text: &str) -> Result<u64, String> {
     let plain = text.trim().parse::<u64>().ok();

@@ -21,7 +21,7 @@ impl FromStr for RngSpec {
         let mut options = Options::parse(text, None)?;
         on(&mut options)?;
         let spec = Self {
-            bandwidth: options.with("bandwidth", size::parse_bytes)?,
+            bandwidth: options.with("bandwidth", size::parse_rate)?,
             iops: options.with("iops", positive)?,
         };
         options.finish("bandwidth, iops")?;
@@ -111,6 +111,16 @@ impl FromStr for PmemSpec {
     }
 }
 
+/// Smallest and largest block of memory to plug.
+const MIN_BLOCK: u64 = 2 << 20;
+const MAX_BLOCK: u64 = 128 << 20;
+
+fn block_size(text: &str) -> Result<u64, String> {
+    let bytes = size::parse_bytes(text)?;
+    let wrong = || "say a power of two from 2M to 128M".to_owned();
+    (bytes.is_power_of_two() && (MIN_BLOCK..=MAX_BLOCK).contains(&bytes)).then_some(bytes).ok_or_else(wrong)
+}
+
 /// Memory that can be plugged while the guest runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct HotplugSpec {
@@ -124,15 +134,20 @@ impl FromStr for HotplugSpec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut options = Options::parse(text, Some("most"))?;
-        let spec = Self {
-            most: options
-                .with("most", size::parse_bytes)?
-                .ok_or("say how much at most: --memory-hotplug 4G")?,
-            requested: options.with("requested", size::parse_bytes)?.unwrap_or(0),
-            block: options.with("block", size::parse_bytes)?,
+        let block = options.with("block", block_size)?;
+        let unit = block.unwrap_or(MIN_BLOCK);
+        let whole = |text: &str| match size::parse_bytes(text)? {
+            bytes if bytes % unit == 0 => Ok(bytes),
+            _ => Err(format!("say a multiple of the block of {}", size::display(unit))),
         };
+        let most = options.with("most", whole)?.filter(|&most| most > 0);
+        let most = most.ok_or("say how much at most: --memory-hotplug 4G")?;
+        let requested = options.with("requested", |text| match whole(text)? {
+            bytes if bytes <= most => Ok(bytes),
+            _ => Err(format!("there are {} at most", size::display(most))),
+        })?;
         options.finish("most, requested, block")?;
-        Ok(spec)
+        Ok(Self { most, requested: requested.unwrap_or(0), block })
     }
 }
 
@@ -163,5 +178,15 @@ mod tests {
         let spec: HotplugSpec = "4G,requested=1G".parse().unwrap();
         assert_eq!((spec.most, spec.requested, spec.block), (4 << 30, 1 << 30, None));
         assert!("requested=1G".parse::<HotplugSpec>().is_err());
+        for (text, part) in [
+            ("3M", "most=3M: say a multiple of the block of 2 MiB"),
+            ("0", "how much at most"),
+            ("1G,requested=2G", "requested=2G: there are 1 GiB at most"),
+            ("1G,block=3M", "block=3M: say a power of two"),
+            ("1G,block=256M", "block=256M: say a power of two"),
+        ] {
+            let error = text.parse::<HotplugSpec>().unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
     }
 }

@@ -46,6 +46,51 @@ fn values_that_no_host_could_take_are_usage_errors() {
 }
 
 #[test]
+fn options_of_devices_that_cannot_be_are_usage_errors_that_name_them() {
+    for (option, value, parts) in [
+        ("--transport", "isa", &["'isa'", "pci, mmio"][..]),
+        ("--console", "tty", &["'tty'", "serial, virtio"]),
+        ("--disk", "format=raw", &["path=FILE"]),
+        ("--disk", "a.img,format=vmdk", &["format=vmdk", "raw, qcow2 and probe"]),
+        ("--disk", "a.img,frob=1", &["\"frob\"", "block-size"]),
+        ("--disk", "a.img,ro,ro", &["\"ro\" is given twice"]),
+        ("--disk", "a.img,queues=65", &["queues=65", "1 to 64"]),
+        ("--disk", "a.img,bandwidth=0", &["bandwidth=0"]),
+        ("--disk", "a.img,cache=none", &["cache=none", "writeback and writethrough"]),
+        ("--disk", "a.img,engine=fast", &["engine=fast", "auto, sync and uring"]),
+        ("--rng", "speed=1", &["\"speed\"", "bandwidth, iops"]),
+        ("--rng", "iops=0", &["iops=0"]),
+        ("--balloon", "target=1Q", &["target=1Q", "not a unit"]),
+        ("--balloon", "hinting=perhaps", &["hinting=perhaps", "on or off"]),
+        ("--vsock", "v.sock,cid=2", &["cid=2", "3 to 4294967294"]),
+        ("--vsock", "v.sock,port=2", &["\"port\"", "path, cid"]),
+        ("--pmem", "p.img,size=2M", &["\"size\"", "path, ro, reserve"]),
+        ("--memory-hotplug", "requested=1G", &["how much at most"]),
+        ("--memory-hotplug", "3M", &["most=3M", "2 MiB"]),
+        ("--memory-hotplug", "1G,requested=2G", &["requested=2G", "1 GiB at most"]),
+        ("--memory-hotplug", "1G,block=3M", &["block=3M", "power of two"]),
+    ] {
+        refused(&["run", option, value], 2, &[&[option], parts].concat());
+    }
+}
+
+#[test]
+fn more_devices_than_a_transport_has_room_for_are_refused_with_the_number() {
+    if no_kvm("more_devices_than_a_transport_has_room_for_are_refused_with_the_number") {
+        return;
+    }
+    // The built-in guest has a disk of its own.
+    let run = |transport, option, count: usize| {
+        let devices = std::iter::repeat_n([option, "/nonexistent"], count).flatten();
+        ["run", "--transport", transport].into_iter().chain(devices).collect::<Vec<_>>()
+    };
+    refused(&run("mmio", "--disk", 19), 2, &["20 virtio devices", "room for 19", "--transport pci"]);
+    refused(&run("mmio", "--disk", 18), 1, &["/nonexistent"]);
+    refused(&run("pci", "--pmem", 31), 2, &["32 virtio devices", "room for 31"]);
+    refused(&run("pci", "--disk", 26), 2, &["26 disks", "25 times"]);
+}
+
+#[test]
 fn no_command_shows_the_help_and_is_a_usage_error() {
     let output = freestone(&[]);
     assert_eq!(output.status.code(), Some(2));
@@ -54,13 +99,21 @@ fn no_command_shows_the_help_and_is_a_usage_error() {
 
 #[test]
 fn help_and_version_succeed_on_standard_output() {
-    for args in [&["--help"][..], &["run", "--help"], &["doctor", "--help"], &["--version"]] {
+    for args in [
+        &["--help"][..],
+        &["run", "--help"],
+        &["ctl", "--help"],
+        &["doctor", "--help"],
+        &["image", "--help"],
+        &["--version"],
+    ] {
         let output = freestone(args);
         assert_eq!(output.status.code(), Some(0), "{args:?}");
         assert!(!output.stdout.is_empty() && output.stderr.is_empty(), "{args:?}");
+        assert!(!output.stdout.contains(&0x1b), "{args:?}: colours are for terminals");
     }
     let help = String::from_utf8(freestone(&["run", "--help"]).stdout).unwrap();
-    for part in ["--kernel", "--disk", "Examples:", "Exit status:"] {
+    for part in ["--kernel", "--disk", "--transport", "--rng", "--vsock", "Examples:", "Exit status:"] {
         assert!(help.contains(part), "{part}");
     }
 }
@@ -176,4 +229,41 @@ fn more_memory_than_the_host_has_is_refused_with_both_sizes() {
         return;
     }
     refused(&["run", "--memory", "900T"], 1, &["900 TiB", "this host has"]);
+}
+
+#[test]
+fn files_of_devices_that_cannot_be_used_are_named_with_the_reason() {
+    if no_kvm("files_of_devices_that_cannot_be_used_are_named_with_the_reason") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let odd = dir.path().join("odd.img");
+    fs::write(&odd, [0; 4096]).unwrap();
+    let odd = text(&odd);
+    refused(&["run", "--pmem", "/nonexistent/p"], 1, &["/nonexistent/p", "No such file"]);
+    refused(&["run", "--pmem", odd], 1, &[odd, "4096 bytes", "2 MiB"]);
+    refused(&["run", "--vsock", "/nonexistent/v"], 1, &["/nonexistent/v", "No such file"]);
+    refused(&["run", "--vsock", odd], 1, &[odd]);
+    refused(&["run", "--control", "/nonexistent/c"], 1, &["/nonexistent/c", "No such file"]);
+    refused(&["run", "--control", odd], 1, &[odd]);
+    assert_eq!(fs::read(odd).unwrap(), [0; 4096], "a file in the way of a socket stays as it is");
+    refused(&["run", "--disk", &format!("{odd},format=qcow2")], 1, &[odd, "qcow2"]);
+    refused(&["run", "--disk", &format!("{odd},format=qcow2,direct")], 2, &[odd, "direct is for raw"]);
+    refused(
+        &["run", "--disk", &format!("{odd},format=qcow2,engine=uring")],
+        2,
+        &[odd, "engine=uring is for raw"],
+    );
+}
+
+#[test]
+fn a_machine_that_cannot_be_reached_is_named_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, b"").unwrap();
+    refused(&["ctl", "/nonexistent/ctl", "stats"], 1, &["/nonexistent/ctl", "No such file"]);
+    refused(&["ctl", text(&file), "stats"], 1, &[text(&file), "refused"]);
+    refused(&["ctl", text(&file), "balloon", "1Q"], 2, &["'1Q'", "not a unit"]);
+    refused(&["ctl", text(&file), "disk", "vda", "limit", "--iops", "0"], 2, &["'0'", "--iops"]);
+    refused(&["ctl", text(&file), "fly"], 2, &["'fly'"]);
 }

@@ -20,20 +20,21 @@ const MAX_ANSWER: u64 = 16 << 20;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Examples:
-  freestone run --control vm.ctl --disk disk.img --balloon on &
+Examples, for a machine that was started by
+`freestone run --kernel vmlinux --disk disk.img --balloon --control vm.ctl`:
   freestone ctl vm.ctl stats
+  freestone ctl vm.ctl stats --json
   truncate -s 20G disk.img; freestone ctl vm.ctl disk vda refresh
   freestone ctl vm.ctl disk vda limit --bandwidth 50M --iops 1000
   freestone ctl vm.ctl balloon 512M
 
-Exit status: 0 if the machine did it, 1 if not.")]
+Exit status: 0 the machine did it, 1 it did not or could not be reached, 2 wrong usage.")]
 pub(crate) struct Ctl {
     /// The socket that `freestone run --control` was given.
     socket: PathBuf,
 
     /// Print the machine's answer as it is, in JSON.
-    #[arg(long)]
+    #[arg(long, global = true)]
     json: bool,
 
     #[command(subcommand)]
@@ -67,12 +68,12 @@ enum What {
 
 #[derive(Debug, Subcommand)]
 enum DiskWhat {
-    /// Look at the image again, which may have been made larger or smaller, and tell the guest.
+    /// Look at a raw image again, which may have been made larger or smaller, and tell the guest.
     Refresh,
     /// Limit what goes through the disk; without options there is no limit any more.
     Limit {
         /// Bytes a second.
-        #[arg(long, value_name = "SIZE", value_parser = size::parse_bytes)]
+        #[arg(long, value_name = "SIZE", value_parser = size::parse_rate)]
         bandwidth: Option<u64>,
         /// Requests a second.
         #[arg(long, value_name = "N", value_parser = disk::positive)]

@@ -88,7 +88,11 @@ impl Controls {
                 let missing = "this machine has no memory to plug: see --memory-hotplug";
                 let memory = self.memory.as_ref().ok_or(missing)?;
                 if let Some(bytes) = bytes {
-                    memory.request(bytes).map_err(|error| error.to_string())?;
+                    memory.request(bytes).map_err(|_| {
+                        let (asked, block) = (size::display(bytes), size::display(memory.block_size()));
+                        let most = size::display(memory.region_size());
+                        format!("cannot plug {asked}: say a multiple of {block}, {most} at most")
+                    })?;
                 }
                 let (requested, plugged) = (memory.requested(), memory.plugged());
                 Ok(json!({ "requested": requested, "plugged": plugged, "most": memory.region_size() }))

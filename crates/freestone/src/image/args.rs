@@ -135,8 +135,9 @@ Examples:
   freestone image check disk.qcow2
   freestone image check --repair disk.qcow2
 
-Leaks are clusters that are counted as used and are not: lost space, no harm. With --repair, refcounts are counted anew;
-entries that lead nowhere, whose data is lost already, read as zeroes afterwards.
+Leaks are clusters that are counted as used and are not: lost space, no harm.
+With --repair, refcounts are counted anew; entries that lead nowhere, whose data
+is lost already, read as zeroes afterwards.
 
 Exit status, after a repair if there was one:
   0  the image is clean               2  the image is damaged (or wrong usage)

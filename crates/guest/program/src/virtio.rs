@@ -5,10 +5,10 @@ use core::fmt;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use virtio_drivers::transport::SomeTransport;
 use virtio_drivers::transport::mmio::{MmioError, MmioTransport, VirtIOHeader};
 use virtio_drivers::transport::pci::bus::{Command, DeviceFunction, PciRoot};
 use virtio_drivers::transport::pci::{PciTransport, VirtioPciError, virtio_device_type};
-use virtio_drivers::transport::SomeTransport;
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
 use crate::acpi::Acpi;
@@ -16,6 +16,13 @@ use crate::apic;
 use crate::pci::{Ecam, Vectors};
 use crate::phys::{self, MAPPED};
 use crate::pvh::StartInfo;
+
+/// The vendor of virtio functions on PCI (4.1.2).
+const VENDOR: u16 = 0x1AF4;
+/// Virtio device id of a disk.
+pub const BLOCK: u32 = 2;
+/// Virtio device id of an entropy source.
+pub const ENTROPY: u32 = 4;
 
 /// The devices that the command line names, and those on PCI.
 #[derive(Debug)]
@@ -53,8 +60,12 @@ impl Devices {
         let mmio = words.filter_map(|word| Device::parse(word.strip_prefix("virtio_mmio.device=")?));
         let pci = self.ecam.into_iter().flat_map(|ecam| {
             PciRoot::new(ecam).enumerate_bus(0).filter_map(move |(function, info)| {
-                let kind = virtio_device_type(&info)?;
-                Some(Device { id: kind as u32, place: Place::Pci { ecam, function } })
+                // A modern function's number says the device (virtio 1.2, 4.1.2); the driver crate does not know all of them.
+                let id = match (info.vendor_id, info.device_id) {
+                    (VENDOR, number @ 0x1040..=0x107F) => u32::from(number - 0x1040),
+                    _ => virtio_device_type(&info)? as u32,
+                };
+                Some(Device { id, place: Place::Pci { ecam, function } })
             })
         });
         mmio.chain(pci)
@@ -97,6 +108,11 @@ impl Device {
             _ => return None,
         };
         Some(Self { id, place: Place::Mmio { size, address, irq } })
+    }
+
+    /// Virtio device id.
+    pub fn id(&self) -> u32 {
+        self.id
     }
 
     /// Leads the device's interrupt to vector `32 + line`; nothing where that cannot be done.

@@ -9,10 +9,10 @@ use core::cell::UnsafeCell;
 
 use freestone_guest_program::acpi::Acpi;
 use freestone_guest_program::pvh::StartInfo;
-use freestone_guest_program::virtio::{Devices, Identity};
+use freestone_guest_program::virtio::{BLOCK as DISK, Devices, Identity};
 use freestone_guest_program::{entry, machine, println};
 use virtio_drivers::device::blk::{SECTOR_SIZE, VirtIOBlk};
-use virtio_drivers::transport::{DeviceType, Transport};
+use virtio_drivers::transport::Transport;
 
 entry!(main);
 
@@ -39,8 +39,8 @@ extern "C" fn main(start_info: u64) -> ! {
     let words = info.map_or("", StartInfo::command_line).split_ascii_whitespace();
     let first = words.filter_map(|word| word.strip_prefix("first=")?.parse::<u64>().ok()).next();
     let devices = Devices::new(info, acpi.as_ref());
-    let transports = devices.iter().filter_map(|device| device.transport().ok());
-    let transport = transports.filter(|transport| transport.device_type() == DeviceType::Block).next();
+    let disks = devices.iter().filter(|device| device.id() == DISK);
+    let transport = disks.filter_map(|device| device.transport().ok()).next();
     let Some(transport) = transport else {
         println!("writer: there is no disk");
         machine::fail();

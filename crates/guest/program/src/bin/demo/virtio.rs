@@ -1,14 +1,17 @@
 //! Work on virtio devices through the `virtio-drivers` crate.
 
-use freestone_guest_program::virtio::{Device, Identity};
+use freestone_guest_program::virtio::{BLOCK, Device, ENTROPY, Identity};
 use virtio_drivers::device::rng::VirtIORng;
-use virtio_drivers::transport::{DeviceType, SomeTransport, Transport};
+use virtio_drivers::transport::SomeTransport;
 
 use crate::disk;
 use crate::report::Report;
 
 /// Drives the device, if there is a driver for it.
 pub fn work(report: &mut Report, index: usize, device: &Device) {
+    if !matches!(device.id(), BLOCK | ENTROPY) {
+        return;
+    }
     let transport = match device.transport() {
         Ok(transport) => transport,
         Err(error) => {
@@ -16,10 +19,9 @@ pub fn work(report: &mut Report, index: usize, device: &Device) {
             return;
         }
     };
-    match transport.device_type() {
-        DeviceType::Block => disk::work(report, index, device, transport),
-        DeviceType::EntropySource => entropy(report, transport),
-        _ => {}
+    match device.id() {
+        BLOCK => disk::work(report, index, device, transport),
+        _ => entropy(report, transport),
     }
 }
 
@@ -32,4 +34,3 @@ fn entropy(report: &mut Report, transport: SomeTransport<'_>) {
         Err(error) => report.check("rng", format_args!("{error}"), false),
     };
 }
-

@@ -1,0 +1,168 @@
+//! Whole machines: the built-in guest on each transport, and a guest that waits while the machine is controlled.
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn freestone(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_freestone"));
+    command.args(args).current_dir(dir).stdin(Stdio::null());
+    command
+}
+
+fn no_kvm(test: &str) -> bool {
+    freestone_testkit::dev_kvm_usable().inspect_err(|reason| freestone_testkit::skip(test, reason)).is_err()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+/// The built-in guest with one of each device; it checks those that it has drivers for.
+fn built_in_guest(transport: &str, place: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    File::create(dir.path().join("disk.img")).unwrap().set_len(4 << 20).unwrap();
+    File::create(dir.path().join("pmem.img")).unwrap().set_len(2 << 20).unwrap();
+    let args = "--disk disk.img,ro --rng --balloon --vsock v.sock --pmem pmem.img --memory-hotplug 256M";
+    let args: Vec<_> = ["run", "--transport", transport].into_iter().chain(args.split(' ')).collect();
+    let output = freestone(dir.path(), &args).output().unwrap();
+    let said = said(&output);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    for device in ["blk", "balloon", "pmem", "mem", "rng", "vsock"] {
+        assert!(said.contains(&format!("virtio-{device} at {place}")), "{device}: {said}");
+    }
+    for part in ["ok      rng", "id \"vdb\"", " 0 failed"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert!(!dir.path().join("v.sock").exists(), "the socket is removed");
+}
+
+#[test]
+fn the_built_in_guest_finds_every_device_on_pci() {
+    if !no_kvm("the_built_in_guest_finds_every_device_on_pci") {
+        built_in_guest("pci", "PCI 00:");
+    }
+}
+
+#[test]
+fn the_built_in_guest_finds_every_device_on_mmio() {
+    if !no_kvm("the_built_in_guest_finds_every_device_on_mmio") {
+        built_in_guest("mmio", "0xd000");
+    }
+}
+
+/// A machine whose guest waits for a line.
+struct Waiting {
+    dir: tempfile::TempDir,
+    vmm: Child,
+    _stdout: BufReader<ChildStdout>,
+}
+
+impl Waiting {
+    /// Starts a machine with a control socket `ctl` and waits until its guest runs.
+    fn new(args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("echo"), freestone_guest::ECHO).unwrap();
+        File::create(dir.path().join("disk.img")).unwrap().set_len(1 << 20).unwrap();
+        let args = [&["run", "--kernel", "echo", "--control", "ctl"], args].concat();
+        let mut vmm = freestone(dir.path(), &args);
+        let mut vmm = vmm.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut stdout = BufReader::new(vmm.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("type, end with quit") {
+            line.clear();
+            assert_ne!(stdout.read_line(&mut line).unwrap(), 0, "the guest never ran");
+        }
+        Self { dir, vmm, _stdout: stdout }
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        freestone(self.dir.path(), args).output().unwrap()
+    }
+
+    fn ask(&self, args: &[&str]) -> Value {
+        let output = self.run(&[&["ctl", "ctl"], args, &["--json"]].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Has the guest power off, and gives the VMM's exit status.
+    fn quit(mut self) -> Option<i32> {
+        self.vmm.stdin.take().unwrap().write_all(b"quit\n").unwrap();
+        self.vmm.wait().unwrap().code()
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        drop(self.vmm.kill());
+        drop(self.vmm.wait());
+    }
+}
+
+#[test]
+fn a_running_machine_answers_and_is_changed() {
+    if no_kvm("a_running_machine_answers_and_is_changed") {
+        return;
+    }
+    let machine =
+        Waiting::new(&["--disk", "disk.img,queues=2", "--rng", "--balloon", "--memory-hotplug", "256M"]);
+    let stats = machine.ask(&["stats"]);
+    let names: Vec<_> = stats["devices"].as_array().unwrap().iter().map(|device| &device["device"]).collect();
+    assert_eq!(names, ["vda", "balloon", "mem", "rng"]);
+    assert_eq!(stats["devices"][0]["queues"].as_array().unwrap().len(), 2);
+    assert_eq!(stats["devices"][0]["queues"][0]["requests"], 0);
+
+    assert_eq!(machine.ask(&["balloon", "64M"])["target"], 64 << 20);
+    assert_eq!(machine.ask(&["memory", "128M"])["requested"], 128 << 20);
+    assert_eq!(machine.ask(&["disk", "vda", "limit", "--iops", "100"])["iops"], 100);
+    File::options().write(true).open(machine.dir.path().join("disk.img")).unwrap().set_len(2 << 20).unwrap();
+    assert_eq!(machine.ask(&["disk", "vda", "refresh"])["bytes"], 2 << 20);
+
+    for (args, part) in [
+        (&["memory", "3M"][..], "cannot plug 3 MiB: say a multiple of 2 MiB"),
+        (&["memory", "1G"], "256 MiB at most"),
+        (&["disk", "vdb", "refresh"], "there is no disk \"vdb\"; there are: vda"),
+    ] {
+        let output = machine.run(&[&["ctl", "ctl"], args].concat());
+        let said = said(&output);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(part) && said.lines().count() == 1, "{part}: {said}");
+    }
+    assert_eq!(machine.quit(), Some(0));
+}
+
+#[test]
+fn two_machines_do_not_share_a_disk_or_a_control_socket() {
+    if no_kvm("two_machines_do_not_share_a_disk_or_a_control_socket") {
+        return;
+    }
+    let machine = Waiting::new(&["--disk", "disk.img"]);
+    for (args, part) in [
+        (&["run", "--disk", "disk.img"][..], "\"disk.img\" is locked by another process"),
+        (&["run", "--disk", "disk.img,ro"], "\"disk.img\" is locked by another process"),
+        (&["run", "--control", "ctl"], "cannot listen for control at ctl"),
+    ] {
+        let output = machine.run(args);
+        let said = said(&output);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(part) && said.lines().count() == 1, "{part}: {said}");
+    }
+    machine.ask(&["stats"]);
+    assert_eq!(machine.quit(), Some(0));
+}
+
+#[test]
+fn machines_that_only_read_share_a_disk() {
+    if no_kvm("machines_that_only_read_share_a_disk") {
+        return;
+    }
+    let machine = Waiting::new(&["--disk", "disk.img,ro"]);
+    let output = machine.run(&["run", "--disk", "disk.img,ro"]);
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert_eq!(machine.quit(), Some(0));
+}
