@@ -177,7 +177,20 @@ fn zeroing(after: &After<'_>) -> Result<()> {
 fn resize(console: &mut Console, side: &Side<'_>) -> Result<()> {
     console.expect("GUEST size 8388608")?;
     console.expect("GUEST ready resize")?;
-    side.sh("truncate -s 24M disk.img; $VMM ctl ctl disk vda refresh")?;
+    let said = side.sh(
+        "truncate -s 24M disk.img; $VMM ctl ctl disk vda refresh; $VMM ctl ctl disk vda limit --iops 50 --bandwidth 1M
+        $VMM ctl ctl disk vda limit; $VMM ctl ctl stats",
+    )?;
+    for line in [
+        "vda has 24 MiB",
+        "vda is limited to 1 MiB a second and 50 requests a second",
+        "vda has no limit",
+        "queued p50",
+    ] {
+        if !said.contains(line) {
+            bail!("the control of the machine does not say {line:?}: {said}");
+        }
+    }
     console.send("go\n");
     console.expect("GUEST size 25165824")
 }
