@@ -10,10 +10,10 @@ use freestone_guest_program::apic;
 use freestone_guest_program::phys::{self, MAPPED};
 use freestone_guest_program::pvh::StartInfo;
 use virtio_drivers::device::rng::VirtIORng;
+use virtio_drivers::transport::SomeTransport;
 use virtio_drivers::transport::mmio::{MmioError, MmioTransport, VirtIOHeader};
 use virtio_drivers::transport::pci::bus::{Command, DeviceFunction, PciRoot};
 use virtio_drivers::transport::pci::{PciTransport, VirtioPciError, virtio_device_type};
-use virtio_drivers::transport::SomeTransport;
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
 use crate::disk;
