@@ -166,7 +166,7 @@ pub(crate) enum Transport {
 pub(crate) enum ConsoleKind {
     /// The first serial port: ttyS0.
     Serial,
-    /// A virtio console: hvc0. There is no serial port then.
+    /// A virtio console: hvc0. There is no serial port then. Not for the built-in guest.
     Virtio,
 }
 

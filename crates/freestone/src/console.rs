@@ -44,7 +44,7 @@ impl Console {
         let filter = terminal::is_terminal().then(EscapeFilter::new);
         let stdin = io::stdin().as_fd().try_clone_to_owned()?;
         let input = Keyboard { stdin: Arc::new(stdin), filter, act: Box::new(self.keys()) };
-        let console = console::Console::new(vec![Port::console().input(input).output(io::stdout())])?;
+        let console = console::Console::new(vec![Port::console().input(input).output(Screen)])?;
         if let Some(size) = terminal_size() {
             console.handle().resize(size)?;
         }
@@ -110,6 +110,28 @@ impl PortInput for Keyboard {
         }
         // 0 would mean the end of input.
         if read > 0 && kept == 0 { Err(io::ErrorKind::Interrupted.into()) } else { Ok(kept) }
+    }
+}
+
+/// Standard output for a virtio console. It is written only when it has room: the event loop must not wait for whoever reads.
+struct Screen;
+
+impl Write for Screen {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        /// Bytes that a terminal or a pipe takes at once when it says that it has room.
+        const ROOM: usize = 256;
+        let stdout = rustix::stdio::stdout();
+        let mut fds = [PollFd::new(&stdout, PollFlags::OUT)];
+        match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+            Ok(0) | Err(Errno::INTR) => return Err(io::ErrorKind::WouldBlock.into()),
+            Ok(_) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        Ok(rustix::io::write(stdout, data.get(..ROOM).unwrap_or(data))?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

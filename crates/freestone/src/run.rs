@@ -21,6 +21,11 @@ use crate::{size, stats};
 
 /// Runs a machine until it ends.
 pub(crate) fn run(args: &Run) -> Result<ExitCode, Failure> {
+    if args.kernel.is_none() && args.console == ConsoleKind::Virtio {
+        return Err(Failure::usage(
+            "--console virtio needs --kernel: the built-in guest has a serial port only",
+        ));
+    }
     let kvm = Kvm::open()?;
     let payload = payload(args)?;
     let console = Console::new();

@@ -1,5 +1,5 @@
 //! Whole machines: the built-in guest on each transport, and a guest that waits while the machine is controlled.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};

@@ -41,6 +41,7 @@ fn values_that_no_host_could_take_are_usage_errors() {
     refused(&["run", "--cpus", "many"], 2, &["'many'"]);
     refused(&["run", "--frobnicate"], 2, &["--frobnicate"]);
     refused(&["run", "--initrd", "x"], 2, &["--kernel"]);
+    refused(&["run", "--console", "virtio"], 2, &["--console virtio needs --kernel"]);
     refused(&["run", "--log", "a=b=c"], 2, &["a=b=c"]);
     refused(&["fly"], 2, &["'fly'"]);
 }
