@@ -4,6 +4,8 @@
 pub mod architecture {}
 #[doc = include_str!("../getting-started.md")]
 pub mod getting_started {}
+#[doc = include_str!("../performance.md")]
+pub mod performance {}
 #[doc = include_str!("../testing.md")]
 pub mod testing {}
 #[doc = include_str!("../writing-a-vmm.md")]
