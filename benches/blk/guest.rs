@@ -20,7 +20,7 @@ use freestone_vmm::{MachineBuilder, Payload};
 use serde_json::{Value, json};
 
 use crate::image::{FORMATS, Format, provide};
-use crate::{Args, Processors, Times, head, line};
+use crate::{Args, Processors, Times, head, line, number};
 
 /// Memory of the guest.
 const MEMORY: u64 = 64 << 20;
@@ -285,8 +285,8 @@ fn measure(
             let seed = case.command.seed.wrapping_add(u64::from(round) << 17);
             let outcome = subject.command(Command { seed, ..case.command })?;
             if round > 0 {
-                case.times.push(outcome.ticks as f64 / ticks / f64::from(args.count));
-                case.kicks.push(outcome.kicks as f64 * 1e3 / f64::from(args.count));
+                case.times.push(number(outcome.ticks) / ticks / f64::from(args.count));
+                case.kicks.push(number(outcome.kicks) * 1e3 / f64::from(args.count));
             }
         }
         if round == 0 {
@@ -311,5 +311,5 @@ fn ticks_per_nanosecond() -> f64 {
     let (begin, first) = (Instant::now(), tsc());
     std::thread::sleep(Duration::from_millis(100));
     let last = tsc();
-    last.wrapping_sub(first) as f64 / (begin.elapsed().as_secs_f64() * 1e9)
+    number(last.wrapping_sub(first)) / (begin.elapsed().as_secs_f64() * 1e9)
 }

@@ -5,7 +5,6 @@ mod image;
 mod queue;
 
 use clap::Parser;
-use freestone_benches::disk::BLOCK;
 use freestone_benches::{CommonArgs, Fallible, host, rounds};
 use serde_json::{Value, json};
 
@@ -93,6 +92,15 @@ fn bench(mut args: Args) -> Fallible<()> {
     args.common.write_json(&json!({ "bench": "blk", "device": alone, "guest": guest }))
 }
 
+/// Bytes of a request.
+const BLOCK_BYTES: f64 = 4096.0;
+
+/// A number of ticks or kicks, of which 2^53 never come together.
+#[expect(clippy::cast_precision_loss, reason = "far less than 2^53")]
+fn number(value: u64) -> f64 {
+    value as f64
+}
+
 /// Nanoseconds per request of each round.
 type Times = Vec<f64>;
 
@@ -105,11 +113,11 @@ fn head(title: &str) {
 /// A line of a table: `floor` is the line it is compared with.
 fn line(name: &str, times: &Times, floor: &Times, kicks: Option<f64>) -> Value {
     let (ns, ratio) = (rounds::median(times), rounds::ratio(times, floor));
-    let (requests, mib) = (1e9 / ns, 1e9 / ns * BLOCK as f64 / f64::from(1 << 20));
+    let (requests, mib) = (1e9 / ns, 1e9 / ns * BLOCK_BYTES / f64::from(1 << 20));
     let kicks_text = kicks.map_or(String::new(), |kicks| format!("{kicks:.1}"));
     println!("{name:<44} {ns:>8.0} {requests:>12.0} {mib:>9.0} {ratio:>8.2} {kicks_text:>8}");
     json!({
         "name": name, "ns": ns, "ns_p10": rounds::percentile(times, 10), "requests_per_second": requests,
-        "bytes_per_second": requests * BLOCK as f64, "ratio": ratio, "kicks_per_thousand": kicks,
+        "bytes_per_second": requests * BLOCK_BYTES, "ratio": ratio, "kicks_per_thousand": kicks,
     })
 }

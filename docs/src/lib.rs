@@ -8,6 +8,8 @@ pub mod getting_started {}
 pub mod storage {}
 #[doc = include_str!("../devices.md")]
 pub mod devices {}
+#[doc = include_str!("../performance.md")]
+pub mod performance {}
 #[doc = include_str!("../testing.md")]
 pub mod testing {}
 #[doc = include_str!("../writing-a-vmm.md")]
