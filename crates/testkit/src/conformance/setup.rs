@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use freestone_memory::{Bytes, GuestAddress};
 
-use super::traffic::{ARENA, Shape, is_still, kick_all, offer, undisturbed_by};
+use super::traffic::{ARENA, Outcome, Shape, is_still, kick_all, offer, undisturbed_by};
 use super::{Bench, MEMORY, Make, QUEUE_SIZE, ensure};
 use crate::driver::{
     Arena, Buffer, DriverQueue, DriverTransport, QueuePart, desc_flags, features, packed_flags, status,
@@ -130,7 +130,7 @@ fn while_some<R>(mut next: impl FnMut() -> Result<Option<R>>) -> Result<()> {
 /// [`Error::Protocol`].
 pub fn keeps_live_queues<T: DriverTransport>(make: Make<'_>) -> Result<()> {
     let mut source = Source::seed(3);
-    undisturbed_by::<T>(make, "queue registers of a live queue", "4.2.2.2", |bench, queues| {
+    undisturbed_by::<T>(make, "queue registers of a live queue", "4.2.2.2", Outcome::eq, |bench, queues| {
         let decoy = vec![0xa5; DECOY_LEN];
         write(bench, DECOY, &decoy)?;
         for (index, queue) in (0..).zip(queues) {
@@ -166,7 +166,7 @@ fn write<T: DriverTransport>(bench: &Bench<T>, gpa: u64, data: &[u8]) -> Result<
 /// # Errors
 /// [`Error::Protocol`].
 pub fn is_activated_once<T: DriverTransport>(make: Make<'_>) -> Result<()> {
-    undisturbed_by::<T>(make, "second activation", "3.1.1", |bench, _| {
+    undisturbed_by::<T>(make, "second activation", "3.1.1", Outcome::eq, |bench, _| {
         let before = bench.driver.status()?;
         let negotiated = bench.driver.negotiated();
         for bits in [0, u64::MAX, negotiated ^ features::RING_PACKED, negotiated ^ features::EVENT_IDX] {
@@ -185,7 +185,7 @@ pub fn is_activated_once<T: DriverTransport>(make: Make<'_>) -> Result<()> {
 /// # Errors
 /// [`Error::Protocol`].
 pub fn survives_kick_storms<T: DriverTransport>(make: Make<'_>) -> Result<()> {
-    undisturbed_by::<T>(make, "kick storm", "2.7.13", |bench, queues| {
+    undisturbed_by::<T>(make, "kick storm", "2.7.13", Outcome::eq, |bench, queues| {
         let count = u16::try_from(queues.len()).unwrap_or(u16::MAX);
         for _ in 0..50 {
             kick_all(bench)?;
