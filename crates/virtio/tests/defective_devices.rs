@@ -36,6 +36,7 @@ enum Defect {
     ActivatedTwice,
     WorksBeforeDriverOk,
     MissingQueueIsTheFirst,
+    DisabledQueueGoesOn,
 }
 
 /// Where the device writes what it must not write: memory that the driver uses.
@@ -177,6 +178,8 @@ struct SpoiledRegisters {
     defect: Defect,
     registers: Arc<dyn IoDevice>,
     mem: GuestMem,
+    /// The driver is told that its queues are not live.
+    hidden: AtomicBool,
 }
 
 impl SpoiledRegisters {
@@ -193,7 +196,11 @@ impl SpoiledRegisters {
 
 impl IoDevice for SpoiledRegisters {
     fn read(&self, offset: u64, data: &mut [u8]) -> Access {
-        self.registers.read(offset, data)
+        self.registers.read(offset, data)?;
+        if offset == reg::QUEUE_READY && self.hidden.load(Ordering::SeqCst) {
+            data.fill(0);
+        }
+        Ok(())
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Access {
@@ -214,6 +221,13 @@ impl IoDevice for SpoiledRegisters {
             (Defect::MissingQueueIsTheFirst, reg::QUEUE_NOTIFY) if running && value > 1 => {
                 self.set(reg::QUEUE_SEL, 0);
                 self.set(reg::QUEUE_READY, 0);
+            }
+            (Defect::DisabledQueueGoesOn, reg::QUEUE_READY) if running && value == 0 => {
+                self.hidden.store(true, Ordering::SeqCst);
+                return Ok(());
+            }
+            (Defect::DisabledQueueGoesOn, reg::STATUS) if value == 0 => {
+                self.hidden.store(false, Ordering::SeqCst);
             }
             _ => {}
         }
@@ -239,7 +253,16 @@ impl Wiring for Spoiling<'_> {
 
     fn mmio(&mut self, base: u64, len: u64, device: Arc<dyn IoDevice>) -> freestone_bus::Result<()> {
         let mem = self.0.memory();
-        self.0.mmio(base, len, Arc::new(SpoiledRegisters { defect: self.1, registers: device, mem }))
+        self.0.mmio(
+            base,
+            len,
+            Arc::new(SpoiledRegisters {
+                defect: self.1,
+                registers: device,
+                mem,
+                hidden: AtomicBool::new(false),
+            }),
+        )
     }
 
     fn irq(&mut self, gsi: Option<u32>) -> freestone_bus::Result<(u32, Irq)> {
@@ -310,6 +333,7 @@ fn each_defect_is_found_by_the_check_that_is_for_it() {
         (Defect::ActivatedTwice, "is_activated_once"),
         (Defect::WorksBeforeDriverOk, "waits_for_driver_ok"),
         (Defect::MissingQueueIsTheFirst, "survives_kick_storms"),
+        (Defect::DisabledQueueGoesOn, "disables_queues"),
     ];
     for (defect, name) in cases {
         let (_, check) = CHECKS.iter().find(|(n, _)| *n == name).unwrap();

@@ -174,6 +174,7 @@ pub fn disables_queues<T: DriverTransport>(make: Make<'_>) -> Result<()> {
                 live |= bench.driver.transport().queue_is_live(index)?;
             }
             if !live {
+                offer(&mut bench, &mut queues, Shape::Writable, &mut Source::seed(turns), &mut offered)?;
                 is_still(&bench, "memory of a device without live queues", "4.2.2.2")?;
             }
         }
