@@ -5,9 +5,18 @@
 //! [`virtio_mmio`] and [`virtio_pci`] run all of them, and the macro [`virtio_conformance!`](crate::virtio_conformance) makes a
 //! test of each.
 
+mod life;
 pub mod pci;
+mod setup;
+mod traffic;
 
 use std::sync::Arc;
+
+pub use life::{disables_queues, loses_nothing_when_paused, resets_at_every_point, resets_while_paused};
+pub use setup::{
+    is_activated_once, keeps_live_queues, reads_config_consistently, survives_addresses_of_registers,
+    survives_kick_storms, survives_overlapping_rings, waits_for_driver_ok,
+};
 
 use freestone_bus::{Device, IoDevice, Plug};
 use freestone_memory::GuestMem;
@@ -408,7 +417,10 @@ macro_rules! checks {
         checks!(
             @list $transport,
             is_found negotiates_features survives_config_accesses survives_register_accesses keeps_queue_limits
-            survives_bad_queue_addresses resets pauses_and_resumes survives_hostile_chains;
+            survives_bad_queue_addresses resets pauses_and_resumes survives_hostile_chains
+            resets_at_every_point loses_nothing_when_paused resets_while_paused disables_queues
+            reads_config_consistently waits_for_driver_ok keeps_live_queues is_activated_once survives_kick_storms
+            survives_overlapping_rings survives_addresses_of_registers;
             $($own)*
         )
     };
@@ -518,6 +530,9 @@ macro_rules! virtio_conformance {
             @each $make, $transport,
             is_found negotiates_features survives_config_accesses survives_register_accesses keeps_queue_limits
             survives_bad_queue_addresses resets pauses_and_resumes survives_hostile_chains
+            resets_at_every_point loses_nothing_when_paused resets_while_paused disables_queues
+            reads_config_consistently waits_for_driver_ok keeps_live_queues is_activated_once survives_kick_storms
+            survives_overlapping_rings survives_addresses_of_registers
         );
     };
     (@each $make:expr, $transport:ident, $($check:ident)*) => {

@@ -186,6 +186,11 @@ impl DriverTransport for MmioRegisters {
         self.write(regs::QUEUE_READY, 1)
     }
 
+    fn set_queue_dead(&self, index: u16) -> Result<()> {
+        self.select(index)?;
+        self.write(regs::QUEUE_READY, 0)
+    }
+
     fn kick(&self, queue: u16) -> Result<()> {
         self.write(regs::QUEUE_NOTIFY, queue.into())
     }

@@ -537,6 +537,12 @@ impl DriverTransport for PciRegisters {
         self.write(self.common, common::QUEUE_ENABLE, 2, 1)
     }
 
+    /// A driver must not do so (4.1.4.3.2).
+    fn set_queue_dead(&self, index: u16) -> Result<()> {
+        self.select(index)?;
+        self.write(self.common, common::QUEUE_ENABLE, 2, 0)
+    }
+
     fn kick(&self, queue: u16) -> Result<()> {
         let offset = self.notify_offset(queue)?;
         self.write(self.notify, offset, 2, queue.into())

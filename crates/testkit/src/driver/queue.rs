@@ -38,6 +38,11 @@ impl Arena {
         Self { next: start, end }
     }
 
+    /// Where the next piece comes from: all before it has been handed out, or is not of this arena.
+    pub const fn next(&self) -> u64 {
+        self.next
+    }
+
     /// `len` bytes aligned to `align`.
     ///
     /// # Errors

@@ -109,6 +109,12 @@ pub trait DriverTransport: fmt::Debug + Sized {
     /// [`Error::Register`].
     fn set_queue_live(&self, index: u16) -> Result<()>;
 
+    /// Asks that queue `index` be live no more. A device may ignore that.
+    ///
+    /// # Errors
+    /// [`Error::Register`].
+    fn set_queue_dead(&self, index: u16) -> Result<()>;
+
     /// Kicks a queue.
     ///
     /// # Errors
