@@ -18,7 +18,8 @@ pub trait PortInput: Send {
     /// Reads bytes without waiting.
     ///
     /// # Errors
-    /// `WouldBlock` if there are none now. `Ok(0)` and other errors end the input for good.
+    /// `WouldBlock` if there are none now, `Interrupted` if there may be: it is then called again. `Ok(0)` and other errors end
+    /// the input for good.
     fn read(&mut self, data: &mut [u8]) -> io::Result<usize>;
 }
 
