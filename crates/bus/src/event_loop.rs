@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
@@ -34,8 +34,16 @@ impl Inbox {
     }
 }
 
-/// Work that returned [`Turn::More`], waiting for another turn.
+/// Work that returned [`Turn::More`], waiting for another turn; each piece once, however often it was woken meanwhile.
 type Ready = Arc<Mutex<Vec<Arc<dyn Pollable>>>>;
+
+fn lock(ready: &Ready) -> MutexGuard<'_, Vec<Arc<dyn Pollable>>> {
+    ready.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn waits(ready: &Ready, work: &Arc<dyn Pollable>) -> bool {
+    lock(ready).iter().any(|other| Arc::ptr_eq(other, work))
+}
 
 /// One subscriber of the event manager: the inbox, or a piece of work with its sources.
 enum Subscriber {
@@ -45,8 +53,8 @@ enum Subscriber {
 
 impl Subscriber {
     fn turn(work: &Arc<dyn Pollable>, ready: &Ready) {
-        if work.poll() == Turn::More {
-            ready.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(work));
+        if work.poll() == Turn::More && !waits(ready, work) {
+            lock(ready).push(Arc::clone(work));
         }
     }
 }
@@ -119,13 +127,16 @@ impl EventLoop {
     /// [`Error::Io`] if epoll fails.
     pub fn run_once(&mut self, timeout_ms: i32) -> Result<()> {
         self.take_commands();
-        let again = std::mem::take(&mut *self.ready.lock().unwrap_or_else(PoisonError::into_inner));
+        let again = std::mem::take(&mut *lock(&self.ready));
         let timeout = if again.is_empty() { timeout_ms } else { 0 };
         self.manager
             .run_with_timeout(timeout)
             .map_err(|e| Error::Io { op: "wait for events", source: io::Error::other(e) })?;
         for work in again {
-            Subscriber::turn(&work, &self.ready);
+            // Unless an event just gave it its turn.
+            if !waits(&self.ready, &work) {
+                Subscriber::turn(&work, &self.ready);
+            }
         }
         self.take_commands();
         Ok(())
@@ -278,6 +289,22 @@ mod tests {
             event_loop.run_once(0).unwrap();
         }
         assert_eq!(turns.load(Ordering::Relaxed), 4);
+    }
+
+    #[test]
+    fn work_that_always_has_more_gets_one_turn_a_round_however_often_it_is_woken() {
+        let mut event_loop = EventLoop::new().unwrap();
+        let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let (work, turns) = counter(&kick, usize::MAX);
+        let _task = spawn(&event_loop.handle(), work).unwrap();
+        event_loop.run_once(0).unwrap();
+        for _ in 0..20 {
+            let before = turns.load(Ordering::Relaxed);
+            kick.write(1).unwrap();
+            event_loop.run_once(0).unwrap();
+            assert_eq!(turns.load(Ordering::Relaxed) - before, 1);
+        }
+        assert_eq!(lock(&event_loop.ready).len(), 1);
     }
 
     #[test]

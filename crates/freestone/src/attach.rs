@@ -83,7 +83,10 @@ impl Attached {
         }
         for (number, spec) in args.pmems.iter().enumerate() {
             let config = PmemConfig::new().read_only(spec.read_only).reserve(spec.reserve);
-            self.device(Pmem::open(&spec.path, config)?, &format!("pmem{number}"));
+            let name = format!("pmem{number}");
+            // A flush waits until the file is durable: not on the thread of the other devices.
+            let thread = Arc::new(ThreadSpawner::new(&name)?);
+            self.device_on(Pmem::open(&spec.path, config)?, &name, Some(thread));
         }
         if let Some(spec) = &args.memory_hotplug {
             let mut config = MemConfig::new(spec.most).requested(spec.requested);

@@ -11,7 +11,9 @@ use freestone_memory::{Bytes, GuestAddress, GuestMem};
 use freestone_testkit::TestWiring;
 use freestone_testkit::driver::{Arena, Buffer, DriverQueue, MmioDriver};
 use freestone_virtio::VirtioMmioPlug;
-use freestone_virtio::console::{Console, ConsoleHandle, Port, PortOutput, ReadInput, Size, feature};
+use freestone_virtio::console::{
+    Console, ConsoleHandle, Port, PortInput, PortOutput, ReadInput, Size, feature,
+};
 
 const MEMORY: u64 = 4 << 20;
 
@@ -153,6 +155,34 @@ fn what_the_guest_writes_comes_out_in_order() {
     assert_eq!(sink.text(), format!("hello {} world", "x".repeat(10_000)));
     assert_eq!(machine.handle.counts(0).unwrap().from_guest, 10_012);
     assert_eq!(machine.queues[1].used().unwrap().unwrap().len, 0);
+}
+
+/// An input that is interrupted before each read, and says nothing of it by an edge.
+struct Interrupted(u8);
+
+impl PortInput for Interrupted {
+    fn source(&self) -> Option<freestone_bus::Source> {
+        None
+    }
+
+    fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
+        self.0 += 1;
+        match self.0 {
+            1 | 3 => Err(ErrorKind::Interrupted.into()),
+            2 => {
+                data[0] = b'x';
+                Ok(1)
+            }
+            _ => Err(ErrorKind::WouldBlock.into()),
+        }
+    }
+}
+
+#[test]
+fn input_that_was_interrupted_is_read_again_at_once() {
+    let mut machine = Machine::started(vec![Port::console().input(Interrupted(0))], 0);
+    let buffers = machine.offer(0, 1, 10);
+    assert_eq!(machine.received(0, &buffers), [b"x"]);
 }
 
 #[test]

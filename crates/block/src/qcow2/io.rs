@@ -336,7 +336,11 @@ impl Qcow2Image {
         // Before anything is in the allocator that a flush would have to write.
         self.dirty.store(true, Ordering::Release);
         let mut maps = self.maps_mut();
-        let got = refcounts.allocate(&self.file, &mut maps.protected, want)?;
+        let got = refcounts.allocate(&self.file, &mut maps.protected, want);
+        if refcounts.is_lost() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        let got = got?;
         self.end.fetch_max(got.0 + got.1, Ordering::Relaxed);
         Ok(got)
     }
@@ -606,6 +610,8 @@ impl Qcow2Image {
     /// Whatever is lost in a crash, what is left is at worst a cluster that is counted and not used.
     fn commit(&self, writer: &mut Writer) -> io::Result<()> {
         let Some(refcounts) = writer.refcounts.as_mut() else { return Ok(()) };
+        // Reads come here as well, to make room for tables.
+        self.check_writable()?;
         let changed = {
             let maps = self.maps_now();
             if !maps.is_dirty() && !refcounts.is_dirty() {

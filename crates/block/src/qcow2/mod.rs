@@ -386,3 +386,29 @@ fn copy_to(bufs: &[MemorySlice<'_>], mut bytes: &[u8]) -> IoResult<()> {
     }
     Ok(())
 }
+
+#[cfg(all(test, feature = "tools"))]
+mod tests {
+    use freestone_memory::{GuestAddress, GuestMemoryBackend};
+
+    use super::*;
+    use crate::ImageFormat;
+    use crate::tools::{CreateOptions, create};
+
+    #[test]
+    fn after_a_failure_of_the_host_not_even_making_room_for_a_table_writes_metadata() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.qcow2");
+        create(&path, &CreateOptions::new(ImageFormat::Qcow2, 1 << 20)).unwrap();
+        let image = Qcow2Options::new().open(&path).unwrap();
+        let memory = GuestMem::anonymous(4096).unwrap();
+        let view = memory.view();
+        let sector = view.get_slice(GuestAddress(0), 512).unwrap();
+        image.write_vectored_at(&[sector], 0).unwrap();
+        image.failed.store(true, Ordering::Relaxed);
+        let before = std::fs::read(&path).unwrap();
+        image.sync().unwrap_err();
+        image.read_vectored_at(&[sector], 0).unwrap();
+        assert!(before == std::fs::read(&path).unwrap(), "the file has changed");
+    }
+}

@@ -36,6 +36,8 @@ pub(super) struct Allocator {
     fresh: u64,
     /// References that go away with the next commit, as first cluster and count.
     pub(super) freed: Vec<(u64, u64)>,
+    /// The host did not make durable what was written: nobody knows what the file has.
+    lost: bool,
 }
 
 fn corrupt(what: &str) -> io::Error {
@@ -58,6 +60,7 @@ impl Allocator {
             hint: 0,
             fresh: file.len()?.div_ceil(header.cluster_size()),
             freed: Vec::new(),
+            lost: false,
         })
     }
 
@@ -83,6 +86,15 @@ impl Allocator {
     /// Whether something waits to be written.
     pub(super) fn is_dirty(&self) -> bool {
         !self.freed.is_empty() || !self.dirty_table.is_empty() || self.blocks.values().any(|b| b.dirty)
+    }
+
+    /// Whether metadata may be lost, so that the image must not be written any more.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost
+    }
+
+    fn sync(&mut self, file: &HostFile) -> io::Result<()> {
+        file.sync().inspect_err(|_| self.lost = true)
     }
 
     fn place(&self, cluster: u64) -> (usize, usize) {
@@ -255,11 +267,11 @@ impl Allocator {
         }
         let offset = (first + blocks) << self.cluster_bits;
         file.write_all_at(&table.iter().flat_map(|entry| entry.to_be_bytes()).collect::<Vec<_>>(), offset)?;
-        file.sync()?;
+        self.sync(file)?;
         let mut fields = Vec::from(offset.to_be_bytes());
         fields.extend(u32::try_from(clusters).unwrap_or(0).to_be_bytes());
         file.write_all_at(&fields, 48)?;
-        file.sync()?;
+        self.sync(file)?;
         self.table = table;
         self.table_offset = offset;
         self.dirty_table.clear();

@@ -49,10 +49,11 @@ impl ControlServer {
         Ok(Self { listener, path: path.to_owned(), epoll: Arc::new(epoll), clients, controls })
     }
 
-    fn accept(&mut self) {
+    /// Takes up a client; whether it did. The host may have no descriptor left: then nothing is gained by trying again at once.
+    fn accept(&mut self) -> bool {
         // The listener stays readable, so whoever finds no room is accepted when a client has left.
-        let Some(slot) = self.clients.iter().position(Option::is_none) else { return };
-        let Ok((stream, _)) = self.listener.accept() else { return };
+        let Some(slot) = self.clients.iter().position(Option::is_none) else { return false };
+        let Ok((stream, _)) = self.listener.accept() else { return false };
         let token = epoll::EventData::new_u64(slot as u64);
         let watched = stream
             .set_nonblocking(true)
@@ -64,6 +65,7 @@ impl ControlServer {
             (Err(error), _) => tracing::warn!(%error, "cannot serve a control client"),
             (Ok(()), None) => {}
         }
+        true
     }
 
     fn serve(&mut self, slot: u64) {
@@ -139,10 +141,7 @@ impl Work for ControlServer {
         for event in &events {
             match event.data.u64() {
                 LISTENER if full => {}
-                LISTENER => {
-                    self.accept();
-                    served = true;
-                }
+                LISTENER => served |= self.accept(),
                 slot => {
                     self.serve(slot);
                     served = true;
@@ -241,6 +240,15 @@ mod tests {
             settle(&mut server);
         }
         assert!(server.clients.iter().all(Option::is_none));
+    }
+
+    #[test]
+    fn clients_that_cannot_be_accepted_do_not_keep_the_loop_busy() {
+        let (mut server, _dir, path) = server();
+        let _client = UnixStream::connect(&path).unwrap();
+        // Readable from now on, and nothing can be accepted.
+        rustix::net::shutdown(&server.listener, rustix::net::Shutdown::Read).unwrap();
+        assert!((0..100).any(|_| server.process() == Progress::Idle));
     }
 
     #[test]

@@ -18,7 +18,8 @@ pub trait PortInput: Send {
     /// Reads bytes without waiting.
     ///
     /// # Errors
-    /// `WouldBlock` if there are none now. `Ok(0)` and other errors end the input for good.
+    /// `WouldBlock` if there are none now, `Interrupted` if there may be: it is then called again. `Ok(0)` and other errors end
+    /// the input for good.
     fn read(&mut self, data: &mut [u8]) -> io::Result<usize>;
 }
 
@@ -173,13 +174,18 @@ impl PortState {
             && let Some(input) = &mut self.input
         {
             self.waiting.resize(CHUNK, 0);
-            let read = input.read(&mut self.waiting);
+            let read = loop {
+                match input.read(&mut self.waiting) {
+                    // The source is watched for edges: what is not read now is not told of again.
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    read => break read,
+                }
+            };
             self.waiting.truncate(*read.as_ref().unwrap_or(&0));
             match read {
                 Ok(0) => self.input = None,
                 Ok(_) => {}
-                Err(error)
-                    if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {
                     tracing::warn!(port = %self.name, %error, "the host's end of a console port ended");
                     self.input = None;

@@ -4,6 +4,7 @@
 mod interrupts;
 mod life;
 mod registers;
+mod storm;
 
 use freestone_bus::{Device, Wiring};
 use freestone_memory::GuestMem;
