@@ -29,8 +29,12 @@ struct Inbox {
 
 impl Inbox {
     fn post(&self, command: Command) -> io::Result<()> {
-        self.commands.lock().unwrap_or_else(PoisonError::into_inner).push(command);
-        self.wake.write(1)
+        let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = commands.is_empty();
+        commands.push(command);
+        drop(commands);
+        // Whoever left a command here wakes the loop, which takes all that it finds.
+        if first { self.wake.write(1) } else { Ok(()) }
     }
 }
 

@@ -33,6 +33,8 @@ pub(crate) struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
+// Only the arguments of the command that is given are put together.
+#[command(defer = true)]
 pub(crate) enum Command {
     /// Run a virtual machine with its console on this terminal.
     Run(Box<Run>),

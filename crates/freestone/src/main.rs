@@ -10,6 +10,7 @@ mod disk;
 mod doctor;
 mod failure;
 mod image;
+mod log;
 mod options;
 mod probe;
 mod run;
@@ -19,23 +20,20 @@ mod specs;
 mod stats;
 mod terminal;
 
-use std::io::{self, IsTerminal};
+use std::io;
 use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
 
 use crate::cli::{Cli, Command};
-use crate::failure::Failure;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let outcome = log_to_stderr(&cli.log).and_then(|()| match &cli.command {
+    let outcome = log::to_stderr(&cli.log).and_then(|()| match &cli.command {
         Command::Run(args) => run::run(args),
         Command::Ctl(args) => control::ctl(args),
         Command::Doctor(args) => doctor::doctor(args),
@@ -45,22 +43,6 @@ fn main() -> ExitCode {
         eprintln!("freestone: {failure}");
         failure.exit_code()
     })
-}
-
-fn log_to_stderr(filter: &str) -> Result<(), Failure> {
-    let subscriber = tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        .without_time();
-    // A plain level needs no filter machinery, which costs a fair part of the start of a small machine.
-    if let Ok(level) = filter.parse::<LevelFilter>() {
-        subscriber.with_max_level(level).init();
-        return Ok(());
-    }
-    let filter = EnvFilter::try_new(filter)
-        .map_err(|e| Failure::usage(format!("--log {filter:?} is not a log filter: {e}")))?;
-    subscriber.with_env_filter(filter).init();
-    Ok(())
 }
 
 /// Help goes to standard output in full, in colour if that is a terminal; an error is one line, with the value in it.

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
@@ -59,7 +59,8 @@ fn restore_on_panic() {
 
 /// Whether a person sits at standard input.
 pub(crate) fn is_terminal() -> bool {
-    isatty(stdin())
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| isatty(stdin()))
 }
 
 fn stdin() -> BorrowedFd<'static> {

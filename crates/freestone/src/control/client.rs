@@ -42,6 +42,7 @@ pub(crate) struct Ctl {
 }
 
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 enum What {
     /// Show what the devices' queues counted: requests, bytes, notifications, interrupts, latencies.
     Stats,
