@@ -18,6 +18,7 @@ enum Defect {
     LegacyOnly,
     AcceptsAnyFeature,
     FeaturesBeyond64,
+    FeaturesChangeLater,
     OddQueueSize,
     GhostQueue,
     NoQueue,
@@ -112,6 +113,9 @@ impl Registers {
         match offset {
             regs::DEVICE_FEATURES_SEL => self.device_sel = value,
             regs::DRIVER_FEATURES_SEL => self.driver_sel = value,
+            // Agreed on is agreed on.
+            regs::DRIVER_FEATURES
+                if self.status & status::FEATURES_OK != 0 && self.defect != Defect::FeaturesChangeLater => {}
             regs::DRIVER_FEATURES if self.driver_sel < 2 => {
                 let shift = 32 * self.driver_sel;
                 self.driver_features =
@@ -220,6 +224,7 @@ fn each_defect_is_found_by_the_check_that_is_for_it() {
         (Defect::NoQueue, "is_found"),
         (Defect::AcceptsAnyFeature, "negotiates_features"),
         (Defect::FeaturesBeyond64, "negotiates_features"),
+        (Defect::FeaturesChangeLater, "is_activated_once"),
         (Defect::OddQueueSize, "keeps_queue_limits"),
         (Defect::GhostQueue, "keeps_queue_limits"),
         (Defect::StatusOutlivesReset, "resets"),

@@ -9,7 +9,6 @@
     feature = "pmem",
     feature = "mem"
 ))]
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 #[cfg(feature = "blk")]
 mod common;
@@ -180,6 +179,8 @@ mod blk {
 
 #[cfg(feature = "console")]
 mod console {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
     use std::io;
 
     use freestone_bus::Source;
@@ -239,6 +240,8 @@ mod rng {
 
 #[cfg(feature = "balloon")]
 mod balloon {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
     use freestone_virtio::balloon::{Balloon, BalloonConfig};
 
     pub(crate) fn all_features() -> Balloon {
@@ -257,6 +260,8 @@ mod balloon {
 
 #[cfg(feature = "vsock")]
 mod vsock {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
     use freestone_virtio::vsock::{UnixHost, Vsock, VsockConfig};
 
     pub(crate) fn vsock() -> Vsock {
@@ -271,6 +276,8 @@ mod vsock {
 
 #[cfg(feature = "pmem")]
 mod pmem {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
     use freestone_virtio::pmem::{Pmem, PmemConfig};
 
     pub(crate) fn pmem(read_only: bool) -> Pmem {
@@ -285,6 +292,8 @@ mod pmem {
 
 #[cfg(feature = "mem")]
 mod mem {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
     use freestone_virtio::mem::{Mem, MemConfig};
 
     pub(crate) fn mem() -> Mem {
