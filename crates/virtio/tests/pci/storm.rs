@@ -144,6 +144,8 @@ fn registers_withstand_several_vcpus_at_once_while_the_machine_pauses() {
         while !vcpus.iter().all(std::thread::ScopedJoinHandle::is_finished) {
             device.pause().unwrap();
             drop(device.resume());
+            // Or nothing would ever get as far as to be interrupted.
+            std::thread::sleep(std::time::Duration::from_micros(200));
         }
         done.store(true, Ordering::Relaxed);
     });
