@@ -130,21 +130,22 @@ fn registers_withstand_several_vcpus_at_once_while_the_machine_pauses() {
         // The rings, meanwhile, offer requests, and now and then nonsense.
         scope.spawn(|| {
             let (view, mut dice) = (memory.view(), Dice(77));
-            for descriptor in 0..16 {
-                let at = GuestAddress(0x1000 + 16 * descriptor);
-                view.write_obj([0x8_0000, 16 | u64::from(2u16) << 32], at).unwrap();
-            }
             let mut index = 0u16;
             while !done.load(Ordering::Relaxed) {
                 index =
                     if dice.below(1000) == 0 { dice.of(&[0, 0x8000]) } else { index.wrapping_add(1) % 16 };
                 view.write_obj(index, GuestAddress(0x3002)).unwrap();
+                // A ring that lies over the descriptors spoils them.
+                let at = GuestAddress(0x1000 + 16 * dice.below(16));
+                view.write_obj([0x8_0000, 16 | u64::from(2u16) << 32], at).unwrap();
                 std::thread::yield_now();
             }
         });
         while !vcpus.iter().all(std::thread::ScopedJoinHandle::is_finished) {
             device.pause().unwrap();
             drop(device.resume());
+            // Or nothing would ever get as far as to be interrupted.
+            std::thread::sleep(std::time::Duration::from_micros(200));
         }
         done.store(true, Ordering::Relaxed);
     });
