@@ -42,7 +42,6 @@ pub(crate) struct Ctl {
 }
 
 #[derive(Debug, Subcommand)]
-#[command(defer = true)]
 enum What {
     /// Show what the devices' queues counted: requests, bytes, notifications, interrupts, latencies.
     Stats,

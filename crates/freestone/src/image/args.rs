@@ -16,7 +16,6 @@ pub(crate) struct Image {
 }
 
 #[derive(Debug, Subcommand)]
-#[command(defer = true)]
 pub(super) enum Action {
     /// Make an empty image, or an overlay over another.
     Create(Create),
