@@ -41,7 +41,7 @@ const DEVICE_MODULES: [&str; 22] = [
 ];
 
 /// Programs of this system that the devices' tests use inside the guest.
-const TOOLS: [&str; 4] = ["mkfs.ext4", "blkdiscard", "fstrim", "blockdev"];
+const TOOLS: [&str; 5] = ["mkfs.ext4", "blkdiscard", "fallocate", "fstrim", "blockdev"];
 
 /// The guest's drivers, in the order in which they load. `pvpanic` tells the VMM of a kernel panic.
 const MODULES: [&str; 9] = [

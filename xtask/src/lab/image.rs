@@ -40,6 +40,8 @@ pub fn build_static(with_vmm: bool) -> Result<PathBuf> {
     progress("building the static binaries for the lab");
     let mut command = repo::cargo();
     command.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    // The lab and its guests unpack them at every boot.
+    command.env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
     command.args(["build", "--quiet", "--release", "--target", repo::TARGET, "-p", "xtask"]);
     if with_vmm {
         command.args(["-p", "freestone"]);
