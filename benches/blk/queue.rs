@@ -264,12 +264,14 @@ pub fn bench(args: &Args, folder: &Path, on: Processors) -> Fallible<Value> {
     host::pin(on.device)?;
     let mut results = Vec::new();
     for format in &FORMATS {
+        // One image for all devices: no two may write to the same file by themselves.
         let path = provide(format, folder, args.size)?;
+        let image = (format.open)(&path)?;
         for write in [false, true] {
             for depth in [1, 32] {
                 let operation = if write { "writes" } else { "reads" };
                 let mut cases = Vec::new();
-                for (engine_name, engine) in [("sync", Engine::Sync), ("uring", Engine::Uring)] {
+                for &(engine_name, engine) in format.engines {
                     for (ring, packed) in [("split", false), ("packed", true)] {
                         for queues in [1, 2] {
                             if usize::from(queues) > depth {
@@ -282,7 +284,7 @@ pub fn bench(args: &Args, folder: &Path, on: Processors) -> Fallible<Value> {
                             );
                             if args.wants(&name) {
                                 let kind = Kind { engine, packed, queues, write };
-                                let subject = Subject::new((format.open)(&path)?, kind)?;
+                                let subject = Subject::new(Arc::clone(&image), kind)?;
                                 cases.push((name, Box::new(subject) as Box<dyn Batch>, Times::new()));
                             }
                         }

@@ -11,7 +11,7 @@ use miniz_oxide::inflate::core::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUT
 use miniz_oxide::inflate::core::{DecompressorOxide, decompress};
 
 use super::file::part;
-use super::header::{COPIED, ZERO, to_usize};
+use super::header::{COPIED, to_usize};
 use super::maps::{Mapping, Maps, Place, corrupt, decode, decode_l1, read_l2};
 use super::refcounts::Allocator;
 use super::{Qcow2Image, Writer, copy_to, fill_zero};
@@ -23,14 +23,14 @@ const MAX_FREED: usize = 1 << 16;
 
 /// Where a piece of a request is, in terms of tables.
 #[derive(Debug, Clone, Copy)]
-struct At {
-    index: usize,
-    slot: usize,
+pub(super) struct At {
+    pub(super) index: usize,
+    pub(super) slot: usize,
     within: u64,
 }
 
 impl Qcow2Image {
-    fn at(&self, offset: u64) -> At {
+    pub(super) fn at(&self, offset: u64) -> At {
         let bits = self.header.cluster_bits;
         let cluster = offset >> bits;
         let l2_bits = self.header.l2_bits();
@@ -42,7 +42,7 @@ impl Qcow2Image {
     }
 
     /// The maps, with the table of `index` in memory.
-    fn maps_with(&self, index: usize) -> io::Result<RwLockReadGuard<'_, Maps>> {
+    pub(super) fn maps_with(&self, index: usize) -> io::Result<RwLockReadGuard<'_, Maps>> {
         let maps = self.maps.read().unwrap_or_else(PoisonError::into_inner);
         if maps.present(index) {
             return Ok(maps);
@@ -56,11 +56,11 @@ impl Qcow2Image {
         Ok(maps)
     }
 
-    fn maps_mut(&self) -> RwLockWriteGuard<'_, Maps> {
+    pub(super) fn maps_mut(&self) -> RwLockWriteGuard<'_, Maps> {
         self.maps.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn maps_now(&self) -> RwLockReadGuard<'_, Maps> {
+    pub(super) fn maps_now(&self) -> RwLockReadGuard<'_, Maps> {
         self.maps.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -84,7 +84,7 @@ impl Qcow2Image {
     }
 
     /// How many bytes from `at` on, at most `left`, are mapped as its own cluster is: data without a gap, or all of the same kind.
-    fn run(&self, maps: &Maps, at: At, left: u64) -> io::Result<(Mapping, u64)> {
+    pub(super) fn run(&self, maps: &Maps, at: At, left: u64) -> io::Result<(Mapping, u64)> {
         let size = self.header.cluster_size();
         let first = decode(maps.entry(at.index, at.slot), &self.header)?;
         let mut len = size - at.within;
@@ -298,7 +298,7 @@ impl Qcow2Image {
     }
 
     /// Makes the table of `index` one that may be changed.
-    fn own_table(&self, writer: &mut Writer, index: usize) -> io::Result<()> {
+    pub(super) fn own_table(&self, writer: &mut Writer, index: usize) -> io::Result<()> {
         if writer.refcounts.as_ref().is_some_and(|r| r.freed.len() >= MAX_FREED) {
             self.commit(writer)?;
         }
@@ -351,7 +351,7 @@ impl Qcow2Image {
     }
 
     /// The reference of `mapping` goes away with the next commit.
-    fn free_mapping(&self, writer: &mut Writer, mapping: Mapping) -> io::Result<()> {
+    pub(super) fn free_mapping(&self, writer: &mut Writer, mapping: Mapping) -> io::Result<()> {
         let bits = self.header.cluster_bits;
         let (first, count) = match mapping {
             Mapping::Data(place) | Mapping::Zero(Some(place)) => (place.offset >> bits, 1),
@@ -485,109 +485,6 @@ impl Qcow2Image {
             view.get_slice(GuestAddress(at), to_usize(range.end - range.start)).map_err(io::Error::other)?;
         self.read(&[slice], slice.len(), range.start)?;
         Ok(slice)
-    }
-
-    /// Lets go of the whole clusters in a range, which then read as zeroes. Where the format has no way to say so (version 2
-    /// with a backing file) they stay.
-    pub(super) fn unmap(&self, offset: u64, len: u64) -> io::Result<()> {
-        let whole = self.whole_clusters(offset, len);
-        self.zero_clusters(whole, true).map(|_| ())
-    }
-
-    /// The whole clusters in a range, as offsets. The last one counts as whole if the disk ends in it.
-    fn whole_clusters(&self, offset: u64, len: u64) -> Range<u64> {
-        let size = self.header.cluster_size();
-        let end = offset + len;
-        let end = if end == self.size { end.next_multiple_of(size) } else { end - end % size };
-        offset.next_multiple_of(size)..end
-    }
-
-    pub(super) fn zero(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let end = offset + len;
-        let whole = self.whole_clusters(offset, len);
-        if whole.start >= whole.end {
-            return self.write_zero_bytes(offset..end);
-        }
-        self.write_zero_bytes(offset..whole.start)?;
-        if !self.zero_clusters(whole.clone(), unmap)? {
-            self.write_zero_bytes(whole.start..whole.end.min(end))?;
-        }
-        self.write_zero_bytes(whole.end.min(end)..end)
-    }
-
-    /// Writes zeroes as data, except where there are some.
-    fn write_zero_bytes(&self, range: Range<u64>) -> io::Result<()> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        let zeroes =
-            GuestMem::anonymous(range.end.saturating_sub(range.start).min(1 << 20).next_multiple_of(4096))
-                .map_err(io::Error::other)?;
-        let view = zeroes.view();
-        let mut offset = range.start;
-        while offset < range.end {
-            let at = self.at(offset);
-            let maps = self.maps_with(at.index)?;
-            let (mapping, len) = self.run(&maps, at, (range.end - offset).min(1 << 20))?;
-            drop(maps);
-            let is_zero = matches!(mapping, Mapping::Zero(_))
-                || (mapping == Mapping::Unallocated && self.base.is_none());
-            if !is_zero {
-                let slice = view.get_slice(GuestAddress(0), to_usize(len)).map_err(io::Error::other)?;
-                self.write(&[slice], slice.len(), offset)?;
-            }
-            offset += len;
-        }
-        Ok(())
-    }
-
-    /// Makes whole clusters zero by their entries; false if the format cannot.
-    fn zero_clusters(&self, range: Range<u64>, unmap: bool) -> io::Result<bool> {
-        let v3 = self.header.version >= 3;
-        if !v3 && self.base.is_some() {
-            return Ok(false);
-        }
-        let entries = 1_u64 << self.header.l2_bits();
-        let bits = self.header.cluster_bits;
-        let mut cluster = range.start >> bits;
-        let end = range.end >> bits;
-        while cluster < end {
-            let at = self.at(cluster << bits);
-            let next = ((cluster / entries + 1) * entries).min(end);
-            let mut writer = self.writer();
-            self.check_writable()?;
-            let nothing = self.maps_now().l1.get(at.index).is_none_or(|&entry| entry == 0);
-            if !nothing || self.base.is_some() {
-                self.zero_in_table(&mut writer, at, to_usize(next - cluster), unmap)?;
-            }
-            cluster = next;
-        }
-        Ok(true)
-    }
-
-    fn zero_in_table(&self, writer: &mut Writer, at: At, count: usize, unmap: bool) -> io::Result<()> {
-        self.own_table(writer, at.index)?;
-        let v3 = self.header.version >= 3;
-        let mut gone = Vec::new();
-        self.dirty.store(true, Ordering::Release);
-        let mut maps = self.maps_mut();
-        for slot in (at.slot..1 << self.header.l2_bits()).take(count) {
-            let entry = maps.entry(at.index, slot);
-            let old = decode(entry, &self.header)?;
-            let keep = !unmap && v3;
-            match old {
-                Mapping::Unallocated if self.base.is_none() => {}
-                Mapping::Zero(None) => {}
-                Mapping::Zero(Some(_)) if keep => {}
-                Mapping::Data(Place { copied: true, .. }) if keep => maps.set(at.index, slot, entry | ZERO),
-                _ => {
-                    maps.set(at.index, slot, if v3 { ZERO } else { 0 });
-                    gone.push(old);
-                }
-            }
-        }
-        drop(maps);
-        gone.into_iter().try_for_each(|old| self.free_mapping(writer, old))
     }
 
     /// Makes all writes durable that completed before.

@@ -14,6 +14,7 @@ pub(crate) mod header;
 mod io;
 mod maps;
 mod refcounts;
+mod zero;
 
 use std::io::{Error as IoError, ErrorKind, Result as IoResult};
 use std::path::Path;
