@@ -42,6 +42,9 @@ pub fn build_static(with_vmm: bool) -> Result<PathBuf> {
     command.env("RUSTFLAGS", "-C target-feature=+crt-static");
     // The lab and its guests unpack them at every boot.
     command.env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
+    // Speed is not judged in the lab: what link-time optimization costs here would be lost.
+    command.env("CARGO_PROFILE_RELEASE_LTO", "off");
+    command.env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
     command.args(["build", "--quiet", "--release", "--target", repo::TARGET, "-p", "xtask"]);
     if with_vmm {
         command.args(["-p", "freestone"]);
