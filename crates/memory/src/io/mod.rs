@@ -1,4 +1,4 @@
-//! Positional vectored file I/O straight into and out of guest memory, without a copy.
+//! Vectored I/O of files and sockets straight into and out of guest memory, without a copy.
 //!
 //! Crates that forbid `unsafe` (block devices, image formats) do their file I/O through these functions. They are
 //! `preadv(2)` and `pwritev(2)` (for one slice `pread(2)` and `pwrite(2)`) over [`VolatileSlice`]s, and `preadv2(2)` where it must not wait, and nothing more: no
@@ -8,12 +8,16 @@
 //! `&mut [u8]`. The guest may write to the same bytes at any moment, so such a reference must not exist, not even for
 //! the time of the call. An `iovec` holds a raw pointer and makes no such promise.
 
+mod stream;
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
+
+pub use stream::{Take, read_vectored, receive_vectored, send_vectored, write_vectored};
 
 /// Slices that are handed over without allocating.
 const INLINE: usize = 16;
