@@ -20,6 +20,8 @@ pub mod features;
 #[cfg(feature = "mem")]
 pub mod mem;
 pub mod mmio;
+#[cfg(feature = "net")]
+pub mod net;
 pub mod pci;
 mod plug;
 #[cfg(feature = "pmem")]

@@ -27,5 +27,6 @@ pub use freestone_hypervisor as hypervisor;
 pub use freestone_kvm as kvm;
 pub use freestone_loader as loader;
 pub use freestone_memory as memory;
+pub use freestone_net as net;
 pub use freestone_vcpu as vcpu;
 pub use freestone_virtio as virtio;

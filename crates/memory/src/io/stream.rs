@@ -114,9 +114,7 @@ pub fn send_vectored<B: BitmapSlice>(
     gather(iovec(prefix.as_ptr().cast_mut(), prefix.len()), bufs, range, |iov| {
         let message = message(iov);
         // SAFETY: as in `receive_vectored`; the kernel only reads the memory, as in `write_vectored`.
-        unsafe {
-            libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
-        }
+        unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) }
     })
 }
 

@@ -1,0 +1,1 @@
+//! Doing what was left undone in a frame: checksums, and cutting large segments.

@@ -1,0 +1,30 @@
+#![doc = include_str!("../README.md")]
+// One module may: `tap::sys`, which has the ioctls of a tap.
+#![deny(unsafe_code)]
+
+mod bridge;
+mod counters;
+mod error;
+mod frame;
+pub mod gso;
+mod header;
+mod mac;
+mod port;
+
+#[cfg(feature = "nat")]
+pub mod nat;
+#[cfg(feature = "pcap")]
+pub mod pcap;
+#[cfg(feature = "stream")]
+pub mod stream;
+#[cfg(feature = "switch")]
+pub mod switch;
+#[cfg(feature = "tap")]
+pub mod tap;
+
+pub use counters::{PortCounts, PortStats};
+pub use error::{Error, Result};
+pub use frame::Frame;
+pub use header::{Gso, Offloads, VnetHeader};
+pub use mac::MacAddr;
+pub use port::{Endpoint, Port, PortInfo, Received, Sent, Setup, Source};

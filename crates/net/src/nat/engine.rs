@@ -1,0 +1,1 @@
+//! Takes frames apart and drives all parts of a NAT.

@@ -1,0 +1,1 @@
+//! The syntax of forwards: that of QEMU.

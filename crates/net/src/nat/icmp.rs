@@ -1,0 +1,1 @@
+//! ICMP echo, and errors for what cannot be reached.

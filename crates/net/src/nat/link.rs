@@ -1,0 +1,1 @@
+//! ARP and IPv6 neighbour discovery with router advertisements.

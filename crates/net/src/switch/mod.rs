@@ -1,0 +1,1 @@
+//! A learning switch in this process.

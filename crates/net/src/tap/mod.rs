@@ -1,0 +1,1 @@
+//! A port that is a tap device of the host.
