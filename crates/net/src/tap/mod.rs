@@ -12,7 +12,7 @@ mod open;
 #[expect(unsafe_code, reason = "the ioctls of a tap")]
 mod sys;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use self::endpoint::TapEndpoint;
@@ -78,6 +78,11 @@ impl Tap {
     /// The name of the interface.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The descriptors of its queues, to hand down to a process that may not open the tap: see [`from_fds`](Self::from_fds).
+    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.queues.iter().map(|queue| queue.fd.as_fd())
     }
 
     /// Attaches the first `pairs` queues and no others: the kernel spreads flows over all that are attached.
