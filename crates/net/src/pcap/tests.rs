@@ -48,7 +48,7 @@ impl Endpoint for EchoEnd {
     }
     fn transmit(&mut self, _: &VnetHeader, frame: Frame<'_, '_>) -> Sent {
         self.calls += 1;
-        if self.calls % 3 == 0 {
+        if self.calls.is_multiple_of(3) {
             return Sent::Busy;
         }
         let mut bytes = vec![0; frame.len()];
