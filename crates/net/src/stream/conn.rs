@@ -281,14 +281,14 @@ mod tests {
         let (mut conn, mut peer) = conn();
         let sent: Vec<_> = (0..20u8).map(|n| vec![n; MAX_FRAME - usize::from(n) * 1000]).collect();
         let bytes = framed(&sent);
-        let writer = std::thread::spawn(move || peer.write_all(&bytes));
+        let writer = std::thread::spawn(move || peer.write_all(&bytes).map(|()| peer));
         let mut got = Vec::new();
         while got.len() < sent.len() {
             got.extend(take_all(&mut conn));
             std::thread::yield_now();
         }
         assert_eq!(got, sent);
-        writer.join().unwrap().unwrap();
+        drop(writer.join().unwrap().unwrap());
         assert!(matches!(conn.next(), Err(Broken::Closed)));
     }
 
