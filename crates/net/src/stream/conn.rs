@@ -294,7 +294,7 @@ mod tests {
 
     #[test]
     fn lengths_that_no_frame_has_break_the_connection() {
-        for length in [0, MAX_FRAME as u32 + 1, 0x8000_0000, u32::MAX] {
+        for length in [0, u32::try_from(MAX_FRAME).unwrap() + 1, 0x8000_0000, u32::MAX] {
             let (mut conn, mut peer) = conn();
             peer.write_all(&framed(&[vec![1; 60]])).unwrap();
             peer.write_all(&length.to_be_bytes()).unwrap();

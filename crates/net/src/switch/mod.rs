@@ -35,7 +35,8 @@ mod server;
 mod table;
 mod vlan;
 
-#[cfg(all(test, feature = "stream"))]
+#[cfg(test)]
+#[cfg(feature = "stream")]
 mod server_tests;
 #[cfg(test)]
 mod tests;
