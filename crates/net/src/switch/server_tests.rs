@@ -189,7 +189,7 @@ fn three(options: [PortOptions; 3]) -> (tempfile::TempDir, Vec<Process>) {
 
 /// Sends a broadcast from one, and says which of the others got it once the last of `expected` has.
 fn reached(processes: &mut [Process], from: usize, expected: &[usize]) -> Vec<usize> {
-    let bytes = frame(MacAddr::BROADCAST, mac(from as u8), b"all");
+    let bytes = frame(MacAddr::BROADCAST, mac(u8::try_from(from).unwrap()), b"all");
     processes[from].machine.send(&bytes);
     processes[from].machine.end.flush();
     let mut got = Vec::new();
