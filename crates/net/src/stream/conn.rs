@@ -178,10 +178,7 @@ impl Conn {
     }
 
     /// Adds a frame in parts to what is to be sent by the next [`flush`](Self::flush).
-    #[cfg_attr(
-        not(feature = "switch"),
-        expect(dead_code, reason = "the switch's server alone sends several at once")
-    )]
+    #[cfg(any(test, feature = "switch"))]
     pub(crate) fn put_later(&mut self, parts: &[&[u8]]) -> Put {
         let len = parts.iter().map(|part| part.len()).sum();
         let Some(prefix) = prefix(len) else {
