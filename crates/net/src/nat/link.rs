@@ -113,7 +113,7 @@ pub(super) fn icmpv6(cx: &mut Context<'_>, src: Ipv6Addr, dst: Ipv6Addr, body: &
     }
     learn_v6(cx, src);
     let asked = match body {
-        [kind::NEIGHBOUR_SOLICITATION, 0, rest @ ..] => {
+        [kind::NEIGHBOUR_SOLICITATION, 0, _, _, rest @ ..] => {
             neighbour_solicitation(cx, src, rest);
             false
         }
