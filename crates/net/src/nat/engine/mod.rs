@@ -74,11 +74,8 @@ impl Engine {
     ) -> Result<Self> {
         let io = |error: io::Error| Error::io("prepare to watch the sockets of a NAT")(error);
         let poll = Poll::new().map_err(io)?;
-        let timer = timerfd_create(
-            TimerfdClockId::Monotonic,
-            TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
-        )
-        .map_err(|error| io(error.into()))?;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)
+            .map_err(|error| io(error.into()))?;
         let token = |kind| Token { kind, generation: 0, index: 0 };
         poll.add_readable(&timer, token(Kind::Timer)).map_err(io)?;
         poll.add_readable(wake, token(Kind::Wake)).map_err(io)?;
@@ -155,10 +152,8 @@ impl Engine {
         }
         let Parts { mut cx, tcp, udp, icmp, .. } = self.parts();
         let cx = &mut cx;
-        let mut next = [tcp.timers(cx), udp.timers(cx), icmp.timers(cx), link::timers(cx)]
-            .into_iter()
-            .flatten()
-            .min();
+        let mut next =
+            [tcp.timers(cx), udp.timers(cx), icmp.timers(cx), link::timers(cx)].into_iter().flatten().min();
         more |= tcp.flush(cx);
         let datagrams = udp.pump(cx) | icmp.pump(cx);
         // While frames wait, whoever takes them comes back here.
