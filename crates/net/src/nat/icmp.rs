@@ -34,6 +34,8 @@ const SHOWN_V6: usize = 1280 - IPV6 - 8;
 /// Messages that are read of one socket before it is the next one's turn, and in all.
 const BATCH: usize = 8;
 const STEP: usize = 64;
+/// Room that must be there before a message is read: 64 KiB in fragments of the smallest MTU.
+const ROOM: (usize, usize) = (56, 72 << 10);
 
 /// Why a packet does not arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -282,22 +284,25 @@ impl Icmp {
         }
     }
 
-    /// Something happened at a socket: reads it, as far as there is room.
-    pub(super) fn ready(&mut self, cx: &mut Context<'_>, ready: Ready) {
+    /// Something happened at a socket; [`timers`](Self::timers) reads it, as far as there is room.
+    pub(super) fn ready(&mut self, _: &mut Context<'_>, ready: Ready) {
         if let Some(index) = self.flows.at(ready.token).filter(|_| ready.readable) {
             self.flows.set_readable(index);
-            self.pump(cx);
         }
     }
 
-    /// Reads replies while there is room for them, a bounded number. Returns whether more wait: call again when frames left.
-    pub(super) fn pump(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Reads replies while there is room for them, a bounded number. Returns whether more may wait for which there is room.
+    fn pump(&mut self, cx: &mut Context<'_>) -> bool {
         self.buffer.resize(usize::from(u16::MAX), 0);
         let mut left = STEP;
-        while left > 0 && cx.out.has_room_for(64, 128 << 10) {
+        while left > 0 && cx.out.has_room_for(ROOM.0, ROOM.1) {
             let Some(index) = self.flows.next_readable() else { return false };
             let mut more = true;
+            self.flows.touch(index);
             for _ in 0..BATCH {
+                if !cx.out.has_room_for(ROOM.0, ROOM.1) {
+                    break;
+                }
                 left = left.saturating_sub(1);
                 let Some(flow) = self.flows.get_mut(index) else { break };
                 let got = rustix::net::recv(&flow.socket, self.buffer.as_mut_slice(), RecvFlags::DONTWAIT);
@@ -326,16 +331,19 @@ impl Icmp {
                     }
                 }
             }
-            self.flows.touch(index);
             if more {
                 self.flows.set_readable(index);
             }
         }
-        self.flows.has_readable()
+        self.flows.has_readable() && cx.out.has_room_for(ROOM.0, ROOM.1)
     }
 
-    /// Ends flows that were idle too long; returns when the next one will be.
+    /// Called in each step, after what was ready and whenever frames left: reads replies while there is room, ends flows that were
+    /// idle too long. Returns when there will be more to do without an event.
     pub(super) fn timers(&mut self, cx: &mut Context<'_>) -> Option<Instant> {
+        if self.pump(cx) {
+            return Some(cx.now);
+        }
         loop {
             let (index, flow) = self.flows.oldest()?;
             let end = flow.last + cx.config.limits.udp_idle;

@@ -223,7 +223,7 @@ impl Udp {
         self.flows.touch(index);
     }
 
-    /// Something happened at a socket; [`pump`](Self::pump) reads it.
+    /// Something happened at a socket; [`timers`](Self::timers) reads it, as far as there is room.
     pub(super) fn ready(&mut self, cx: &mut Context<'_>, ready: Ready) {
         if !ready.readable {
             return;
@@ -244,9 +244,9 @@ impl Udp {
         }
     }
 
-    /// Reads datagrams of the host while there is room for them, a bounded number. Returns whether more wait: call again when
-    /// frames left.
-    pub(super) fn pump(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Reads datagrams of the host while there is room for them, a bounded number. Returns whether more may wait for which there
+    /// is room.
+    fn pump(&mut self, cx: &mut Context<'_>) -> bool {
         let mut left = STEP;
         let mut idle = false;
         while !idle && left > 0 {
@@ -262,7 +262,7 @@ impl Udp {
                 self.pump_forward(cx, index, &mut left);
             }
         }
-        self.flows.has_readable() || self.forwards.has_readable()
+        (self.flows.has_readable() || self.forwards.has_readable()) && cx.out.has_room_for(ROOM.0, ROOM.1)
     }
 
     fn next_flow(&mut self, cx: &Context<'_>) -> Option<u32> {
@@ -374,17 +374,20 @@ impl Udp {
         address.ok_or_else(|| io()(io::ErrorKind::NotFound.into()))
     }
 
-    /// Ends a forward with all that came by it; whether there was one.
-    pub(super) fn unlisten(&mut self, _: &mut Context<'_>, forward: &Forward) -> bool {
-        let Some(index) = self.forwards.find(|listening| listening.forward == *forward) else { return false };
+    /// Ends the forward of this address of the host, as [`listen`](Self::listen) returned it, with all that came by it; whether
+    /// there was one.
+    pub(super) fn unlisten(&mut self, host: SocketAddr) -> bool {
+        let Some(index) = self.forwards.find(|listening| listening.address == host) else { return false };
         let gone: Vec<_> =
             self.by_peer.iter().filter(|((of, _), _)| *of == index).map(|(_, flow)| *flow).collect();
         gone.into_iter().for_each(|flow| self.close(flow));
         self.forwards.remove(index).is_some()
     }
 
-    /// Ends flows that were idle too long, and asks name servers again; returns when there will be more to do.
+    /// Called in each step, after what was ready and whenever frames left: reads the host's datagrams while there is room for
+    /// them, ends flows that were idle too long, asks name servers again. Returns when there will be more to do without an event.
     pub(super) fn timers(&mut self, cx: &mut Context<'_>) -> Option<Instant> {
+        let more = self.pump(cx).then_some(cx.now);
         let dns = self.dns.timers(cx);
         let mut next = None;
         while let Some((index, flow)) = self.flows.oldest() {
@@ -395,7 +398,7 @@ impl Udp {
             }
             self.close(index);
         }
-        [dns, next].into_iter().flatten().min()
+        [more, dns, next].into_iter().flatten().min()
     }
 
     /// Forgets all flows and queries. Forwards stay.
