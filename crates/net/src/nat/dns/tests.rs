@@ -182,6 +182,11 @@ fn a_restricted_machine_has_no_names() {
     assert_eq!(server(&world.cx()), None);
     world.config.restrict = false;
     assert_eq!(server(&world.cx()), Some(at("192.0.2.1:53")));
+    world.config.name_servers.clear();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("resolv.conf"), "nameserver 192.0.2.8\n").unwrap();
+    Dns::with_file(dir.path().join("resolv.conf")).timers(&mut world.cx());
+    assert_eq!(server(&world.cx()), Some(at("192.0.2.8:53")));
 }
 
 #[test]
@@ -210,11 +215,12 @@ fn name_servers_are_those_of_the_hosts_file_and_it_is_read_again_when_it_changes
     std::fs::write(&path, "nameserver 127.0.0.53\n").unwrap();
     assert_eq!(servers.current(&config, start), [at("127.0.0.1:53")], "not looked at so soon");
     assert_eq!(servers.current(&config, start + LOOK), [at("127.0.0.53:53")]);
-    let file = std::fs::File::create(&path).unwrap();
-    file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
     std::fs::write(&path, "nameserver 192.0.2.9\n").unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
     file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
     assert_eq!(servers.current(&config, start + LOOK * 2), [at("192.0.2.9:53")]);
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(servers.current(&config, start + LOOK * 3), [at("192.0.2.9:53")], "what was found is kept");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::super::test_context::{Datagram, World, datagram, packet, pattern, unreachable};
+use super::super::test_context::{Datagram, World, datagram, pattern, unreachable};
 use super::super::{NatConfig, Policy};
 use super::*;
 
@@ -403,7 +403,7 @@ proptest! {
                     1 => 0x0064_FF9B << 96 | low,
                     2 => 0x2002 << 112 | low << 80,
                     3 => low,
-                    4 => 0xFEC0 << 112 | low % 32,
+                    4 => (0xFEC0 << 112) | (low % 32),
                     5 => v6 % 4,
                     _ => v6,
                 };
