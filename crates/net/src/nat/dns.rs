@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::net::{RecvFlags, SendFlags};
 
-use super::admission::Admission;
+use super::admission::{Admission, share_of_files};
 use super::context::{Context, Kind, Ready};
 use super::flows::Flows;
 use super::{NatConfig, emit};
@@ -21,8 +21,9 @@ use crate::Frame;
 /// The port of name servers.
 pub(super) const PORT: u16 = 53;
 
-/// Queries that wait for an answer.
+/// Queries that wait for an answer, and one of how many files of the process one may be.
 const MAX_QUERIES: usize = 256;
+const FILES: u64 = 16;
 /// The largest query; they are far smaller.
 const MOST: usize = 1500;
 /// Bytes of the header (RFC 1035, section 4.1.1).
@@ -50,6 +51,7 @@ pub(super) struct Dns {
     /// In the order of their last attempt.
     queries: Flows<Query>,
     by_guest: HashMap<(SocketAddr, u16), u32>,
+    max_queries: usize,
 }
 
 #[derive(Debug)]
@@ -98,7 +100,12 @@ impl Dns {
     }
 
     fn with_file(path: PathBuf) -> Self {
-        Self { servers: Servers::new(path), queries: Flows::new(Kind::Dns), by_guest: HashMap::new() }
+        Self {
+            servers: Servers::new(path),
+            queries: Flows::new(Kind::Dns),
+            by_guest: HashMap::new(),
+            max_queries: share_of_files(FILES).min(MAX_QUERIES),
+        }
     }
 
     /// Passes on a query of the machine.
@@ -133,7 +140,7 @@ impl Dns {
             }
             self.forget((guest, id));
         }
-        if self.queries.len() >= MAX_QUERIES || !admission.admit(cx.now) {
+        if self.queries.len() >= self.max_queries || !admission.admit(cx.now) {
             return cx.stats.limited();
         }
         self.ask(cx, guest, server, message, 0, cx.now);

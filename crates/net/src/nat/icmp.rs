@@ -9,7 +9,7 @@ use std::time::Instant;
 use rustix::net::{RecvFlags, SendFlags};
 use smoltcp::wire::checksum;
 
-use super::admission::Admission;
+use super::admission::{Admission, share_of_files};
 use super::context::{Context, Kind, Ready};
 use super::emit::{self, Header, IPV4, IPV6, UDP, protocol};
 use super::flows::Flows;
@@ -31,6 +31,8 @@ const ECHO: usize = 8;
 const SHOWN_V4: usize = 576 - IPV4 - 8;
 const SHOWN_V6: usize = 1280 - IPV6 - 8;
 
+/// One of so many files of the process may be a flow.
+const FILES: u64 = 64;
 /// Messages that are read of one socket before it is the next one's turn, and in all.
 const BATCH: usize = 8;
 const STEP: usize = 64;
@@ -153,6 +155,7 @@ pub(super) struct Icmp {
     flows: Flows<Flow>,
     by_key: HashMap<Key, u32>,
     admission: Option<Admission>,
+    max_flows: usize,
     buffer: Vec<u8>,
 }
 
@@ -177,7 +180,13 @@ struct Flow {
 
 impl Icmp {
     pub(super) fn new() -> Self {
-        Self { flows: Flows::new(Kind::Icmp), by_key: HashMap::new(), admission: None, buffer: Vec::new() }
+        Self {
+            flows: Flows::new(Kind::Icmp),
+            by_key: HashMap::new(),
+            admission: None,
+            max_flows: share_of_files(FILES),
+            buffer: Vec::new(),
+        }
     }
 
     /// Takes an ICMP message, or an ICMPv6 one that is not of neighbour discovery. Echo requests to the NAT are answered, others
@@ -247,11 +256,12 @@ impl Icmp {
         }
         let limits = &cx.config.limits;
         let admission = self.admission.get_or_insert_with(|| Admission::new(limits.new_flows));
-        if limits.icmp_flows == 0 || !admission.admit(cx.now) {
+        let most = limits.icmp_flows.min(self.max_flows);
+        if most == 0 || !admission.admit(cx.now) {
             cx.stats.limited();
             return Err(None);
         }
-        while self.flows.len() >= limits.icmp_flows {
+        while self.flows.len() >= most {
             self.close_oldest();
         }
         let made = self.flows.insert(|token| {
@@ -346,9 +356,9 @@ impl Icmp {
         }
         loop {
             let (index, flow) = self.flows.oldest()?;
-            let end = flow.last + cx.config.limits.udp_idle;
-            if end > cx.now {
-                return Some(end);
+            let end = flow.last.checked_add(cx.config.limits.udp_idle);
+            if end.is_none_or(|end| end > cx.now) {
+                return end;
             }
             self.close(index);
         }

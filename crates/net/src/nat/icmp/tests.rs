@@ -172,10 +172,14 @@ fn a_message_that_is_wrong_spoofed_or_no_request_goes_nowhere() {
 #[test]
 fn flows_are_bounded_and_end_when_they_are_idle() {
     let (mut world, mut icmp) = (World::default(), Icmp::new());
+    icmp.max_flows = 1000;
     for id in 0..100 {
         ping(&mut world, &mut icmp, GUEST, "192.0.2.1", id);
     }
     assert_eq!((icmp.flows(world.now).len(), icmp.by_key.len()), (64, 64));
+    icmp.max_flows = 10;
+    ping(&mut world, &mut icmp, GUEST, "192.0.2.1", 100);
+    assert_eq!(icmp.flows(world.now).len(), 10, "the process has no more files to give");
     let next = icmp.timers(&mut world.cx()).unwrap();
     assert_eq!(next, world.now + Duration::from_secs(60));
     world.now = next;
