@@ -17,10 +17,12 @@ mod engine;
 mod flows;
 mod forward;
 mod fragment;
+mod handle;
 mod icmp;
 mod link;
 mod outbox;
 mod policy;
+mod port;
 mod stats;
 mod tcp;
 #[cfg(test)]
@@ -29,5 +31,7 @@ mod udp;
 
 pub use config::{Forward, GuestForward, GuestTarget, Ipv4Config, Ipv6Config, Limits, NatConfig, Protocol};
 pub use dial::{Dial, HostDial};
+pub use handle::NatHandle;
 pub use policy::{Action, Cidr, Policy, Rule};
+pub use port::Nat;
 pub use stats::{FlowInfo, FlowState, NatCounts, NatStats};
