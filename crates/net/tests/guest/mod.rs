@@ -44,7 +44,18 @@ impl Link {
         let watch = watch(&source);
         let mem = GuestMem::anonymous(0x10_0000).unwrap();
         let (got, random) = (Vec::new(), 0x1234_5678_9ABC_DEF1);
-        Self { endpoint, watch, _source: source, mem, receive, loss: (0, 0), random, got, deaf: false, moved: false }
+        Self {
+            endpoint,
+            watch,
+            _source: source,
+            mem,
+            receive,
+            loss: (0, 0),
+            random,
+            got,
+            deaf: false,
+            moved: false,
+        }
     }
 
     /// Takes the card out.
@@ -238,7 +249,7 @@ impl Guest {
             if let Some(value) = done(self) {
                 return value;
             }
-assert!(start.elapsed() < DEADLINE, "never: {what}; {:?}", self.handle.counts());
+            assert!(start.elapsed() < DEADLINE, "never: {what}; {:?}", self.handle.counts());
             self.step();
         }
     }
