@@ -20,6 +20,7 @@ use crate::control::{Controls, limiter};
 use crate::demo;
 use crate::disk::{DiskSpec, Format};
 use crate::failure::Failure;
+use crate::net;
 
 /// The most disks: as many as there are letters. A transport may have less room.
 const MAX_DISKS: usize = 26;
@@ -49,8 +50,10 @@ impl Attached {
         };
         let mut attached =
             Self { plugs: Vec::new(), controls: Controls::default(), console: None, transport };
+        net::check(&args.nets)?;
         room(args)?;
         attached.disks(args)?;
+        attached.nets(args)?;
         if args.console == ConsoleKind::Virtio {
             let device = console.virtio()?;
             attached.console = Some(device.handle());
@@ -154,6 +157,15 @@ impl Attached {
         self.device_on(device, &name, spawner);
     }
 
+    fn nets(&mut self, args: &Run) -> Result<(), Failure> {
+        let (cards, nics) = net::attach(&args.nets)?;
+        self.controls.nics = nics;
+        for card in cards {
+            self.device_on(card.device, &card.name, card.spawner);
+        }
+        Ok(())
+    }
+
     fn device(&mut self, device: impl VirtioDevice + 'static, name: &str) {
         self.device_on(device, name, None);
     }
@@ -183,7 +195,8 @@ fn room(args: &Run) -> Result<(), Failure> {
         args.vsock.is_some(),
         args.memory_hotplug.is_some(),
     ];
-    let asked = args.disks.len() + args.pmems.len() + single.iter().filter(|asked| **asked).count();
+    let many = args.disks.len() + args.pmems.len() + net::count(&args.nets);
+    let asked = many + single.iter().filter(|asked| **asked).count();
     match args.transport {
         cli::Transport::Mmio if asked > ROOM_ON_MMIO => Err(Failure::usage(format!(
             "{asked} virtio devices are too many: MMIO has room for {ROOM_ON_MMIO}, and --transport pci for {ROOM_ON_PCI}"

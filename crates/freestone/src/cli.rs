@@ -60,7 +60,7 @@ Examples:
       Boot from a disk; the second disk cannot be written.
   freestone run --kernel vmlinux --disk path=root.qcow2,format=qcow2,queues=2 --control vm.ctl
       Boot from a qcow2 image with two queues; `freestone ctl vm.ctl stats` shows what they do.
-  freestone run --kernel vmlinuz --memory 256M --cpus 1 --disk root.qcow2,format=qcow2 \
+  freestone run --kernel vmlinuz --memory 256M --cpus 1 --disk root.qcow2,format=qcow2 \\
       --net user,hostfwd=tcp::1234-:22
       The classic small machine: it reaches the net, and port 1234 of this host is its port 22.
   freestone run --rng --vsock vm.sock
@@ -125,23 +125,24 @@ pub(crate) struct Run {
 
     /// Attach a network card. May be repeated: they are net0, net1, and so on. What it is plugged into comes first:
     ///
-    /// user — the host's own connections, with DHCP and DNS, no privileges: net=10.0.2.0/24, host=, guest= (or dhcpstart=), dns=,
-    /// ipv4=off, ipv6=off, ipv6-net=, ipv6-host=, ipv6-dns=, hostname=, domainname=, resolver=ADDR[:PORT], max-tcp=N, max-udp=N;
-    /// hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT leads a port of the host to the guest;
-    /// guestfwd=tcp:ADDR:PORT-TARGET an address in the guest's network to cmd:PROGRAM, unix:PATH or tcp:ADDR:PORT;
-    /// restrict=on shuts all else; allow= and deny=NETWORK[:PORTS][/tcp|udp] decide in order.
+    /// user: the guest goes out by connections of this process, with DHCP and DNS and no privileges.
+    /// hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT leads a port of the host to the guest, guestfwd=tcp:ADDR:PORT-TARGET an address in
+    /// the guest's network to cmd:PROGRAM, unix:PATH or tcp:ADDR:PORT. allow= and deny=NETWORK[:PORTS][/tcp|udp] decide in order
+    /// what it may reach; restrict=on shuts it in. Addresses: net=10.0.2.0/24, host=, guest= (or dhcpstart=), dns=, ipv6-net=,
+    /// ipv6-host=, ipv6-dns=, ipv4=off, ipv6=off. Names: hostname=, domainname=, resolver=ADDR[:PORT]. Limits: max-tcp=N, max-udp=N.
     ///
-    /// tap=NAME, or tap,fd=N — an interface of the host.
+    /// tap=NAME: an interface of the host, which is made if it is not there; tap,fd=N: one that this process was given.
     ///
-    /// switch=NAME|PATH — a switch that machines share: vlan=N or trunk=N+N, isolated=on.
+    /// switch=NAME or switch=PATH: a switch that machines share. Options: vlan=N; trunk=N+N-N (vlan= is then that of frames without
+    /// a tag); isolated=on.
     ///
-    /// stream=PATH — a socket with QEMU, passt or a machine at its other end: server=on, reconnect=SECONDS|off.
+    /// stream=PATH: a socket with QEMU, passt or another machine at its other end. Options: server=on; reconnect=SECONDS or off.
     ///
-    /// none — no card.
+    /// none: no card.
     ///
-    /// Of every card: mac=52:54:00:00:00:01, mtu=N, queues=N, pcap=FILE (record all frames), bandwidth=SIZE and iops=N in a second
-    /// (rx- and tx- before them for one way), link=off, thread=off, id=NAME. See docs/networking.md.
-    #[arg(long = "net", value_name = "KIND[,OPTION...]", value_parser = clap::value_parser!(NetSpec), verbatim_doc_comment)]
+    /// Options of every card: mac=52:54:00:00:00:01; mtu=N; queues=N; pcap=FILE records all frames; bandwidth=SIZE and iops=N limit
+    /// each way in a second, rx-bandwidth=, rx-iops=, tx-bandwidth=, tx-iops= one; link=off; thread=on or off; id=NAME.
+    #[arg(long = "net", value_name = "KIND[,OPTION...]", value_parser = clap::value_parser!(NetSpec))]
     pub(crate) nets: Vec<NetSpec>,
 
     /// Attach an entropy source (/dev/hwrng). Options: bandwidth=SIZE and iops=N limit what the guest gets in a second.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use freestone_vmm::net::MacAddr;
 use freestone_vmm::net::nat::NatConfig;
+use freestone_vmm::net::switch::{Vlan, VlanSet};
 
 use super::user;
 use crate::disk::positive;
@@ -113,7 +114,7 @@ pub(crate) struct SwitchSpec {
     /// The switch's name, or the path of its socket.
     pub(crate) place: SwitchPlace,
     /// What VLANs the place is in.
-    pub(crate) vlans: Vlans,
+    pub(crate) vlan: Vlan,
     /// Whether isolated places do not reach one another.
     pub(crate) isolated: bool,
 }
@@ -125,17 +126,6 @@ pub(crate) enum SwitchPlace {
     Named(String),
     /// By the path of its socket.
     Path(PathBuf),
-}
-
-/// VLANs of a place in a switch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Vlans {
-    /// The switch takes no notice of VLANs here.
-    Unaware,
-    /// Frames without tags, in this VLAN.
-    Access(u16),
-    /// Frames with tags of these.
-    Trunk(Vec<u16>),
 }
 
 /// A stream socket.
@@ -276,14 +266,16 @@ fn switch(options: &mut Options) -> Result<SwitchSpec, String> {
         false => id(text).map(SwitchPlace::Named),
     })?;
     let access = options.with("vlan", vlan)?;
-    let trunk = options.with("trunk", |text| text.split('+').map(vlan).collect())?;
+    let trunk = options.with("trunk", |text| match text {
+        "all" => Ok(VlanSet::all()),
+        _ => text.replace('+', ",").parse::<VlanSet>().map_err(user::reason),
+    })?;
     Ok(SwitchSpec {
         place: place.ok_or("switch needs a name or a path: switch=lan0 or switch=./lan0.sock")?,
-        vlans: match (access, trunk) {
-            (None, None) => Vlans::Unaware,
-            (Some(vlan), None) => Vlans::Access(vlan),
-            (None, Some(vlans)) => Vlans::Trunk(vlans),
-            _ => return Err("vlan= and trunk= exclude one another".to_owned()),
+        vlan: match (access, trunk) {
+            (None, None) => Vlan::default(),
+            (Some(vlan), None) => Vlan::Access(vlan),
+            (native, Some(allowed)) => Vlan::Trunk { allowed, native },
         },
         isolated: options.switch("isolated")?.unwrap_or(false),
     })
@@ -390,11 +382,14 @@ mod tests {
             other => panic!("{other:?}"),
         };
         let plain = switch("switch=lan0");
-        assert_eq!((plain.place, plain.vlans), (SwitchPlace::Named("lan0".into()), Vlans::Unaware));
+        assert_eq!((plain.place, plain.vlan), (SwitchPlace::Named("lan0".into()), Vlan::Access(1)));
         let path = switch("switch=./a,,b.sock,vlan=7,isolated=on");
-        assert_eq!((path.place, path.vlans), (SwitchPlace::Path("./a,b.sock".into()), Vlans::Access(7)));
+        assert_eq!((path.place, path.vlan), (SwitchPlace::Path("./a,b.sock".into()), Vlan::Access(7)));
         assert!(path.isolated);
-        assert_eq!(switch("switch=lan0,trunk=1+20+4094").vlans, Vlans::Trunk(vec![1, 20, 4094]));
+        let trunk = |vlans: &[u16], native| Vlan::Trunk { allowed: vlans.iter().copied().collect(), native };
+        assert_eq!(switch("switch=lan0,trunk=1+20-22").vlan, trunk(&[1, 20, 21, 22], None));
+        assert_eq!(switch("switch=lan0,trunk=9,vlan=1").vlan, trunk(&[9], Some(1)));
+        assert_eq!(switch("switch=lan0,trunk=all").vlan, Vlan::Trunk { allowed: VlanSet::all(), native: None });
     }
 
     #[test]
@@ -426,8 +421,7 @@ mod tests {
             ("switch", "switch=lan0"),
             ("switch=a b", "switch=a b: a name has"),
             ("switch=a,vlan=0", "vlan=0: \"0\" is no VLAN: say 1 to 4094"),
-            ("switch=a,trunk=1+4095", "\"4095\" is no VLAN"),
-            ("switch=a,vlan=1,trunk=2", "exclude"),
+            ("switch=a,trunk=1+4095", "trunk=1+4095: "),
             ("stream", "stream=net.sock"),
             ("stream=a,reconnect=0", "reconnect=0: say 1 to 3600"),
             ("stream=a,server=on,reconnect=1", "for the side that connects"),
