@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::DropReason;
 use super::vlan::{Tag, is_tag};
-use crate::{Gso, MacAddr, VnetHeader};
+use crate::{Frame, Gso, MacAddr, VnetHeader};
 
 /// Shortest frame: a header.
 const MIN_FRAME: usize = 14;
@@ -70,6 +70,18 @@ impl Packet {
             self.take_tag_off()?;
         }
         self.check_header()
+    }
+
+    /// Takes a part of `whole`, which was cut: a complete frame, of the same VLAN and with the same tag.
+    pub(super) fn fill_part(&mut self, whole: &Self, head: &[u8], data: &Frame<'_, '_>) -> Option<()> {
+        let len = head.len() + data.len();
+        let room = self.data.get_mut(..len)?;
+        let (front, back) = room.split_at_mut_checked(head.len())?;
+        front.copy_from_slice(head);
+        (data.read_at(0, back) == data.len()).then_some(())?;
+        (self.start, self.end, self.header) = (0, len, VnetHeader::default());
+        (self.tag, self.vlan, self.isolated) = (whole.tag, whole.vlan, whole.isolated);
+        Some(())
     }
 
     fn take_tag_off(&mut self) -> Result<(), DropReason> {
@@ -162,9 +174,8 @@ impl Packet {
     /// A number that is the same for all frames of a flow.
     pub(super) fn flow(&self) -> u32 {
         let bytes = self.bytes();
-        let word = |at: usize| {
-            bytes.get(at..).and_then(<[u8]>::first_chunk).copied().map_or(0, u32::from_be_bytes)
-        };
+        let word =
+            |at: usize| bytes.get(at..).and_then(<[u8]>::first_chunk).copied().map_or(0, u32::from_be_bytes);
         let byte = |at: usize| bytes.get(at).copied().unwrap_or(0);
         let mix = |hash: u32, word: u32| (hash.rotate_left(5) ^ word).wrapping_mul(0x9E37_79B1);
         let (protocol, ports, addresses) = match self.ethertype() {
@@ -198,18 +209,21 @@ impl Pool {
             CLASSES.iter().zip(&mut self.kept).find(|((capacity, _), _)| len <= *capacity)?;
         // The oldest first: it is the likeliest to be free. If one destination sleeps on it, look behind it.
         for _ in 0..4 {
-            match kept.pop_front() {
-                Some(mut packet) if Arc::get_mut(&mut packet).is_some() => return Some(packet),
-                Some(busy) => kept.push_back(busy),
-                None => break,
+            let Some(mut packet) = kept.pop_front() else {
+                break;
+            };
+            if Arc::get_mut(&mut packet).is_some() {
+                return Some(packet);
             }
+            kept.push_back(packet);
         }
         Some(Arc::new(Packet::new(*capacity)))
     }
 
     /// Keeps the packet for later frames; others may still have it.
     pub(super) fn keep(&mut self, packet: Arc<Packet>) {
-        let class = CLASSES.iter().zip(&mut self.kept).find(|((capacity, _), _)| *capacity == packet.capacity());
+        let class =
+            CLASSES.iter().zip(&mut self.kept).find(|((capacity, _), _)| *capacity == packet.capacity());
         if let Some(((_, most), kept)) = class
             && kept.len() < *most
         {

@@ -150,8 +150,7 @@ mod tests {
     fn one_that_floods_leaves_room_for_others() {
         let queue = Queue::new().unwrap();
         let packet = Arc::new(Packet::new(2048));
-        let pushed =
-            |from, n: usize| (0..n).filter(|_| queue.push(&packet, from) != Pushed::Full).count();
+        let pushed = |from, n: usize| (0..n).filter(|_| queue.push(&packet, from) != Pushed::Full).count();
         assert_eq!(pushed(0, 10_000), MAX_FRAMES / 2);
         assert_eq!(pushed(7, 100), 100);
         assert_eq!(pushed(8, 100), 100);

@@ -92,11 +92,13 @@ impl FromStr for VlanSet {
 
     /// Numbers and ranges from 1 to 4094 with commas between.
     fn from_str(text: &str) -> Result<Self> {
-        let wrong = || Error::invalid("list of VLANs", text, "say numbers from 1 to 4094 and ranges, as 10,20-29");
+        let wrong =
+            || Error::invalid("list of VLANs", text, "say numbers from 1 to 4094 and ranges, as 10,20-29");
         let mut set = Self::none();
         for part in text.split(',') {
             let (first, last) = part.split_once('-').unwrap_or((part, part));
-            let vid = |text: &str| text.parse().ok().filter(|vid| (1..=LAST_VID).contains(vid)).ok_or_else(wrong);
+            let vid =
+                |text: &str| text.parse().ok().filter(|vid| (1..=LAST_VID).contains(vid)).ok_or_else(wrong);
             let (first, last) = (vid(first)?, vid(last)?);
             if first > last {
                 return Err(wrong());
@@ -186,6 +188,11 @@ impl Tag {
     pub(super) fn on(came: Option<Self>, vlan: u16, isolated: bool) -> Self {
         let came = came.unwrap_or(Self { tpid: 0x8100, tci: 0 });
         Self { tpid: came.tpid, tci: came.tci & PCP | vlan | if isolated { DEI } else { 0 } }
+    }
+
+    pub(super) fn to_bytes(self) -> [u8; 4] {
+        let ([a, b], [c, d]) = (self.tpid.to_be_bytes(), self.tci.to_be_bytes());
+        [a, b, c, d]
     }
 
     pub(super) fn dei(self) -> bool {
