@@ -207,6 +207,8 @@ pub(super) struct Ready {
     pub(super) token: Token,
     pub(super) readable: bool,
     pub(super) writable: bool,
+    /// The other side is done: there is nothing behind what can be read.
+    pub(super) hangup: bool,
     /// An error, or both sides hung up.
     pub(super) closed: bool,
 }
@@ -250,6 +252,7 @@ impl Poll {
                 token: Token::from_u64(data.u64())?,
                 readable: closed || has(epoll::EventFlags::IN | epoll::EventFlags::RDHUP),
                 writable: closed || has(epoll::EventFlags::OUT),
+                hangup: has(epoll::EventFlags::RDHUP | epoll::EventFlags::HUP),
                 closed,
             })
         }))
