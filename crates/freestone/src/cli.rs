@@ -131,7 +131,7 @@ pub(crate) struct Run {
     /// what it may reach; restrict=on shuts it in. Addresses: net=10.0.2.0/24, host=, guest= (or dhcpstart=), dns=, ipv6-net=,
     /// ipv6-host=, ipv6-dns=, ipv4=off, ipv6=off. Names: hostname=, domainname=, resolver=ADDR[:PORT]. Limits: max-tcp=N, max-udp=N.
     ///
-    /// tap=NAME: an interface of the host, which is made if it is not there; tap,fd=N: one that this process was given.
+    /// tap=NAME: an interface of the host, which is made if it is not there; up=on brings it up. tap,fd=N: a descriptor of one.
     ///
     /// switch=NAME or switch=PATH: a switch that machines share. Options: vlan=N; trunk=N+N-N (vlan= is then that of frames without
     /// a tag); isolated=on.

@@ -41,11 +41,12 @@ pub(crate) fn check(specs: &[NetSpec]) -> Result<(), Failure> {
     once("id", specs.iter().enumerate().map(|(number, spec)| name(number, spec)))?;
     once("pcap", specs.iter().filter_map(|spec| Some(spec.pcap.as_ref()?.display().to_string())))?;
     once("mac", specs.iter().filter_map(|spec| spec.mac))?;
-    once("tap", specs.iter().filter_map(|spec| match &spec.kind {
-        Kind::Tap(TapSpec::Named(name)) => Some(name.clone()),
-        Kind::Tap(TapSpec::Inherited(fd)) => Some(format!("fd={fd}")),
-        _ => None,
-    }))?;
+    let taps = |spec: &NetSpec| match &spec.kind {
+        Kind::Tap(TapSpec::Named { name, .. }) if !name.contains('%') => vec![name.clone()],
+        Kind::Tap(TapSpec::Inherited(fds)) => fds.iter().map(|fd| format!("fd={fd}")).collect(),
+        _ => Vec::new(),
+    };
+    once("tap", specs.iter().flat_map(taps))?;
     once("hostfwd", specs.iter().flat_map(|spec| match &spec.kind {
         Kind::User(config) => config.forwards.iter().filter(|f| f.host.port() != 0).collect(),
         _ => Vec::new(),

@@ -34,7 +34,7 @@ const COMMON: &[&str] = &[
 /// Options of each kind.
 const OF_KINDS: &[(&str, &[&str])] = &[
     ("user", user::OPTIONS),
-    ("tap", &["ifname", "fd"]),
+    ("tap", &["ifname", "up", "fd"]),
     ("switch", &["vlan", "trunk", "isolated"]),
     ("stream", &["server", "reconnect"]),
 ];
@@ -102,10 +102,10 @@ pub(crate) enum Kind {
 /// A tap of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum TapSpec {
-    /// By the interface's name; it is made if it is not there.
-    Named(String),
-    /// A descriptor that this process was given.
-    Inherited(i32),
+    /// By the interface's name; it is made if it is not there, and brought up if `up`.
+    Named { name: String, up: bool },
+    /// Descriptors that this process was given, one for each pair of queues.
+    Inherited(Vec<i32>),
 }
 
 /// A place in a switch.
@@ -182,7 +182,7 @@ impl FromStr for NetSpec {
             id: options.with("id", id)?,
             mac: options.with("mac", mac)?,
             mtu,
-            queues: options.with("queues", queues)?.unwrap_or(1),
+            queues: pairs(&word, &kind, options.with("queues", queues)?)?,
             pcap: options.text("pcap")?.map(PathBuf::from),
             rx: rate(&mut options, "rx", both)?,
             tx: rate(&mut options, "tx", both)?,
@@ -190,9 +190,6 @@ impl FromStr for NetSpec {
             thread: options.switch("thread")?.unwrap_or(true),
             kind,
         };
-        if spec.queues > 1 && matches!(spec.kind, Kind::User(_) | Kind::Stream(_)) {
-            return Err(format!("queues={}: {word} has one pair of queues", spec.queues));
-        }
         options.finish(&known(&word))?;
         Ok(spec)
     }
@@ -238,10 +235,14 @@ fn tap(options: &mut Options) -> Result<TapSpec, String> {
     let short = if options.has("tap") { Some("tap") } else { None };
     let name = short.map(|key| options.with(key, interface)).transpose()?.flatten();
     let ifname = options.with("ifname", interface)?;
-    let fd = options.with("fd", descriptor)?;
-    match (name, ifname, fd) {
-        (Some(name), None, None) | (None, Some(name), None) => Ok(TapSpec::Named(name)),
-        (None, None, Some(fd)) => Ok(TapSpec::Inherited(fd)),
+    let fds = options.with("fd", |text| text.split('+').map(descriptor).collect())?;
+    let up = options.switch("up")?;
+    match (name, ifname, fds) {
+        (Some(name), None, None) | (None, Some(name), None) => {
+            Ok(TapSpec::Named { name, up: up.unwrap_or(false) })
+        }
+        (None, None, Some(_)) if up.is_some() => Err("up= is for a tap with a name".to_owned()),
+        (None, None, Some(fds)) => Ok(TapSpec::Inherited(fds)),
         (None, None, None) => Err("tap needs a name or a descriptor: tap=tap0 or tap,fd=3".to_owned()),
         _ => Err("a tap has one name or descriptor: tap=NAME, ifname=NAME or fd=N".to_owned()),
     }
@@ -250,13 +251,15 @@ fn tap(options: &mut Options) -> Result<TapSpec, String> {
 /// The name of an interface as the kernel takes it.
 fn interface(text: &str) -> Result<String, String> {
     let fits = (1..=MAX_NAME).contains(&text.len()) && !matches!(text, "." | "..");
-    let plain = text.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%'));
+    // The kernel puts a number in place of the one %d that there may be.
+    let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%');
+    let plain = text.replacen("%d", "", 1).bytes().all(plain);
     let wrong = || format!("a name of an interface has 1 to {MAX_NAME} letters, digits and the like");
     (fits && plain).then(|| text.to_owned()).ok_or_else(wrong)
 }
 
 fn descriptor(text: &str) -> Result<i32, String> {
-    let wrong = || "say the number of a descriptor from 3 on".to_owned();
+    let wrong = || "say the number of a descriptor from 3 on, or several as 3+4".to_owned();
     text.parse().ok().filter(|fd| *fd >= 3).ok_or_else(wrong)
 }
 
@@ -325,6 +328,24 @@ fn queues(text: &str) -> Result<u16, String> {
     text.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n)).ok_or_else(wrong)
 }
 
+/// Pairs of queues of a card, if so many were asked for.
+fn pairs(word: &str, kind: &Kind, asked: Option<u16>) -> Result<u16, String> {
+    let most = match kind {
+        Kind::User(_) | Kind::Stream(_) => 1,
+        Kind::Tap(TapSpec::Inherited(fds)) => u16::try_from(fds.len()).unwrap_or(u16::MAX),
+        _ => MAX_QUEUES,
+    };
+    match asked {
+        Some(asked) if asked > most => Err(match kind {
+            Kind::Tap(_) => format!("queues={asked}: there is a descriptor for {most}"),
+            _ => format!("queues={asked}: {word} has one pair of queues"),
+        }),
+        Some(asked) => Ok(asked),
+        None if matches!(kind, Kind::Tap(TapSpec::Inherited(_))) => Ok(most.min(MAX_QUEUES)),
+        None => Ok(1),
+    }
+}
+
 /// A name that is easily typed and shown.
 fn id(text: &str) -> Result<String, String> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
@@ -370,9 +391,13 @@ mod tests {
     #[test]
     fn a_tap_is_named_or_inherited() {
         for text in ["tap=tap0", "tap,ifname=tap0", "type=tap,ifname=tap0"] {
-            assert!(matches!(spec(text).unwrap().kind, Kind::Tap(TapSpec::Named(name)) if name == "tap0"));
+            let named = TapSpec::Named { name: "tap0".into(), up: false };
+            assert!(matches!(spec(text).unwrap().kind, Kind::Tap(tap) if tap == named));
         }
-        assert!(matches!(spec("tap,fd=7").unwrap().kind, Kind::Tap(TapSpec::Inherited(7))));
+        assert!(matches!(spec("tap=a%d,up=on").unwrap().kind, Kind::Tap(TapSpec::Named { up: true, .. })));
+        let net = spec("tap,fd=7+8").unwrap();
+        assert_eq!(net.queues, 2);
+        assert!(matches!(net.kind, Kind::Tap(TapSpec::Inherited(fds)) if fds == [7, 8]));
     }
 
     #[test]
@@ -415,7 +440,9 @@ mod tests {
             ("tap", "tap=tap0 or tap,fd=3"),
             ("tap=", "needs a value"),
             ("tap=a-name-too-long-", "1 to 15"),
-            ("tap=tap%d", "1 to 15"),
+            ("tap=tap%s", "1 to 15"),
+            ("tap,fd=7,queues=2", "queues=2: there is a descriptor for 1"),
+            ("tap,fd=7,up=on", "up= is for a tap with a name"),
             ("tap=a,ifname=b", "one name or descriptor"),
             ("tap,fd=1", "fd=1: say the number of a descriptor from 3 on"),
             ("switch", "switch=lan0"),
