@@ -9,6 +9,7 @@ use freestone_kvm::Kvm;
 use freestone_vmm::devices::{I8042Plug, PciRootPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug};
 use freestone_vmm::loader;
 use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
+use freestone_vmm::bus::{self, ThreadSpawner};
 use freestone_vmm::{ExitReason, FileSource, MachineBuilder, Payload};
 
 use crate::attach::Attached;
@@ -54,11 +55,18 @@ pub(crate) fn run(args: &Run) -> Result<ExitCode, Failure> {
     let _signals = machine.drive(signals)?;
     let _size =
         attached.console.map(FollowSize::install).transpose()?.map(|work| machine.drive(work)).transpose()?;
+    // What answers some questions is driven by the machine's event loop perhaps: who waits for the answer is not.
+    let control_thread = (args.control.is_some() && attached.controls.nics.ask_threads())
+        .then(|| ThreadSpawner::new("control"))
+        .transpose()?;
     let _control = match &args.control {
         Some(path) => {
             let server = ControlServer::bind(path, attached.controls)
                 .map_err(|e| Failure::new(format!("cannot listen for control at {}: {e}", path.display())))?;
-            Some(machine.drive(server)?)
+            Some(match &control_thread {
+                Some(thread) => bus::spawn(thread, server)?,
+                None => machine.drive(server)?,
+            })
         }
         None => None,
     };

@@ -4,16 +4,20 @@ use std::collections::HashSet;
 use std::fmt::Display;
 use std::hash::Hash;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use freestone_vmm::bus::{Pollable, Registration, Source, Spawn, ThreadSpawner};
 use freestone_vmm::net::nat::Nat;
+use freestone_vmm::net::stream::{StreamOptions, StreamPort};
+use freestone_vmm::net::tap::{Tap, TapOptions};
 use freestone_vmm::net::{MacAddr, Port};
 use freestone_vmm::virtio::net::{Net, NetConfig};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use super::control::{Nic, Nics, Place};
-use super::spec::{Kind, NetSpec, TapSpec};
+use super::spec::{Kind, NetSpec, StreamSpec, TapSpec};
 use crate::control::limiter;
 use crate::failure::Failure;
 
@@ -73,7 +77,7 @@ pub(crate) fn attach(specs: &[NetSpec]) -> Result<(Vec<Card>, Nics), Failure> {
     let (mut cards, mut nics) = (Vec::new(), Nics::default());
     for (number, spec) in specs.iter().enumerate() {
         let name = name(number, spec);
-        let Some((port, place)) = plug(spec, &name)? else { continue };
+        let Some((port, place)) = plug(spec)? else { continue };
         let (card, nic) = card(number, name, spec, port, place)?;
         cards.push(card);
         nics.push(nic);
@@ -129,17 +133,52 @@ fn mac(number: usize, spec: &NetSpec, expected: Option<MacAddr>) -> Result<MacAd
 }
 
 /// Opens what a card is plugged into; `None` if there is to be no card.
-fn plug(spec: &NetSpec, name: &str) -> Result<Option<(Box<dyn Port>, Place)>, Failure> {
+fn plug(spec: &NetSpec) -> Result<Option<(Box<dyn Port>, Place)>, Failure> {
     let (port, place): (Box<dyn Port>, Place) = match &spec.kind {
         Kind::Absent => return Ok(None),
         Kind::User(config) => {
             let nat = Nat::new((**config).clone())?;
             let handle = nat.handle();
-            (Box::new(nat), Place::User(config.clone(), handle))
+            (Box::new(nat), Place::User(handle))
         }
-        _ => return Err(Failure::new(format!("{name}: not yet"))),
+        Kind::Tap(tap) => {
+            let tap = self::tap(tap, spec.queues)?;
+            let name = tap.name().to_owned();
+            (Box::new(tap), Place::Tap { name })
+        }
+        Kind::Stream(spec) => {
+            let stream = stream(spec)?;
+            let status = stream.status();
+            (Box::new(stream), Place::Stream { addr: spec.addr.clone(), server: spec.server, status })
+        }
+        Kind::Switch(_) => return Err(Failure::new("not yet")),
     };
     Ok(Some((port, place)))
+}
+
+fn tap(spec: &TapSpec, queues: u16) -> Result<Tap, Failure> {
+    match spec {
+        TapSpec::Named { name, up } => Ok(Tap::open(&TapOptions::new(name).queues(queues).up(*up))?),
+        TapSpec::Inherited(fds) => {
+            let fds = fds.iter().map(|fd| inherited(*fd)).collect::<Result<_, _>>()?;
+            Ok(Tap::from_fds(fds)?)
+        }
+    }
+}
+
+/// A descriptor that this process was given, once more: what was given stays open until the end.
+fn inherited(fd: i32) -> Result<OwnedFd, Failure> {
+    let failed = |error: rustix::io::Errno| {
+        Failure::new(format!("cannot use descriptor {fd}, which --net names: {}", io::Error::from(error)))
+    };
+    let this = pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).map_err(failed)?;
+    pidfd_getfd(this, fd, PidfdGetfdFlags::empty()).map_err(failed)
+}
+
+fn stream(spec: &StreamSpec) -> Result<StreamPort, Failure> {
+    let options = StreamOptions { reconnect: spec.reconnect, ..StreamOptions::default() };
+    let addr = spec.addr.clone();
+    Ok(if spec.server { StreamPort::listen(addr, options)? } else { StreamPort::connect(addr, options)? })
 }
 
 /// Threads of a card: each pair of queues has its own.

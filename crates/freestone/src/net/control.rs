@@ -2,10 +2,12 @@
 
 use std::cmp::Reverse;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use freestone_vmm::net::nat::{FlowInfo, FlowState, Forward, NatConfig, NatHandle, Protocol};
-use freestone_vmm::net::{Offloads, PortCounts, PortInfo};
+use freestone_vmm::net::nat::{FlowInfo, FlowState, Forward, NatHandle};
+use freestone_vmm::net::stream::{StreamAddr, StreamStatus};
+use freestone_vmm::net::{self, Offloads, PortCounts, PortInfo};
 use freestone_vmm::virtio::net::{NetCounts, NetHandle};
 use freestone_vmm::virtio::rate::{RateLimiter, TokenBucket};
 use serde_json::{Map, Value, json};
@@ -37,10 +39,17 @@ pub(super) struct Nic {
 /// What a card is plugged into.
 #[derive(Debug)]
 pub(super) enum Place {
-    User(Box<NatConfig>, NatHandle),
+    User(NatHandle),
+    Tap { name: String },
+    Stream { addr: StreamAddr, server: bool, status: Arc<StreamStatus> },
 }
 
 impl Nics {
+    /// Whether the threads of some are asked when the network is: a user network answers by the thread that drives it.
+    pub(crate) fn ask_threads(&self) -> bool {
+        self.0.iter().any(|nic| nic.user().is_some())
+    }
+
     pub(super) fn push(&mut self, nic: Nic) {
         self.0.push(nic);
     }
@@ -48,7 +57,10 @@ impl Nics {
     /// Answers those requests that are about the network.
     pub(crate) fn carry_out(&self, request: Request) -> Result<Value, String> {
         match request {
-            Request::Net => Ok(json!({ "nics": self.0.iter().map(Nic::describe).collect::<Vec<_>>() })),
+            Request::Net => {
+                let nics: Vec<_> = self.0.iter().map(Nic::describe).collect::<Result<_, _>>()?;
+                Ok(json!({ "nics": nics }))
+            }
             Request::NetFlows { nic, limit } => {
                 self.flows(nic.as_deref(), limit.unwrap_or(FLOWS).min(MAX_FLOWS))
             }
@@ -59,14 +71,14 @@ impl Nics {
             }
             Request::NetForwardAdd { nic, forward } => {
                 let (nic, nat) = self.user(nic.as_deref())?;
-                let forward: Forward = read(&forward)?;
-                let bound = nat.add_forward(forward).map_err(|error| chain(&error))?;
+                let bound = nat.add_forward(&read(&forward)?).map_err(|error| chain(&error))?;
                 Ok(json!({ "nic": nic.id, "forward": bound.to_string(), "host": bound.host }))
             }
             Request::NetForwardRemove { nic, forward } => {
                 let (nic, nat) = self.user(nic.as_deref())?;
-                let found = find(&nat.forwards(), &forward)?;
-                nat.remove_forward(&found).map_err(|error| chain(&error))?;
+                let forwards = nat.forwards().map_err(|error| chain(&error))?;
+                let found = find(&forwards, &forward)?;
+                nat.remove_forward(found.protocol, found.host).map_err(|error| chain(&error))?;
                 Ok(json!({ "nic": nic.id, "forward": found.to_string() }))
             }
             Request::NetLimit { nic, rx_bandwidth, rx_iops, tx_bandwidth, tx_iops } => {
@@ -108,11 +120,12 @@ impl Nics {
         if let Some(id) = id {
             self.user(Some(id))?;
         }
-        let asked = self.0.iter().filter(|nic| id.is_none_or(|id| nic.id == id));
-        let mut flows: Vec<(&str, FlowInfo)> = asked
-            .filter_map(|nic| Some((nic, nic.user()?)))
-            .flat_map(|(nic, nat)| nat.flows().into_iter().map(|flow| (nic.id.as_str(), flow)))
-            .collect();
+        let mut flows: Vec<(&str, FlowInfo)> = Vec::new();
+        for nic in self.0.iter().filter(|nic| id.is_none_or(|id| nic.id == id)) {
+            let Some(nat) = nic.user() else { continue };
+            let some = nat.flows().map_err(|error| chain(&error))?;
+            flows.extend(some.into_iter().map(|flow| (nic.id.as_str(), flow)));
+        }
         flows.sort_by_key(|(_, flow)| Reverse(flow.sent.saturating_add(flow.received)));
         let total = flows.len();
         flows.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
@@ -128,12 +141,12 @@ fn names<'a>(nics: impl Iterator<Item = &'a Nic>) -> String {
 impl Nic {
     fn user(&self) -> Option<&NatHandle> {
         match &self.place {
-            Place::User(_, nat) => Some(nat),
+            Place::User(nat) => Some(nat),
             _ => None,
         }
     }
 
-    fn describe(&self) -> Value {
+    fn describe(&self) -> Result<Value, String> {
         let counts = self.handle.stats().counts();
         let mut nic = json!({
             "id": self.id,
@@ -150,28 +163,37 @@ impl Nic {
             "port": port(&self.handle.port_stats().counts()),
         });
         let place = match &self.place {
-            Place::User(config, nat) => user(config, nat),
+            Place::User(nat) => user(nat).map_err(|error| chain(&error))?,
+            Place::Tap { name } => json!({ "name": name }),
+            Place::Stream { addr, server, status } => json!({
+                "addr": addr.to_string(),
+                "server": server,
+                "connected": status.connected(),
+                "connections": status.connections(),
+                "broken": status.broken(),
+            }),
         };
         if let Some(nic) = nic.as_object_mut() {
             nic.insert(self.kind.to_owned(), place);
         }
-        nic
+        Ok(nic)
     }
 }
 
-fn user(config: &NatConfig, nat: &NatHandle) -> Value {
+fn user(nat: &NatHandle) -> net::Result<Value> {
+    let config = nat.config();
     let ipv4 = config.ipv4.map(|net| {
         json!({ "guest": net.guest, "prefix_len": net.prefix_len, "gateway": net.gateway, "dns": net.dns })
     });
     let ipv6 = config
         .ipv6
         .map(|net| json!({ "prefix": net.prefix, "prefix_len": 64, "gateway": net.gateway, "dns": net.dns }));
-    let forwards: Vec<_> = nat.forwards().iter().map(forward).collect();
+    let forwards: Vec<_> = nat.forwards()?.iter().map(forward).collect();
     let guest_forwards: Vec<_> = config.guest_forwards.iter().map(ToString::to_string).collect();
     let rules: Vec<_> = config.policy.rules.iter().map(ToString::to_string).collect();
     let counters: Map<_, _> =
         nat.counts().named().into_iter().map(|(name, count)| (name.to_owned(), count.into())).collect();
-    json!({
+    Ok(json!({
         "ipv4": ipv4,
         "ipv6": ipv6,
         "hostname": config.hostname,
@@ -180,9 +202,9 @@ fn user(config: &NatConfig, nat: &NatHandle) -> Value {
         "rules": rules,
         "forwards": forwards,
         "guest_forwards": guest_forwards,
-        "flows": nat.flows().len(),
+        "flows": nat.flows()?.len(),
         "nat": counters,
-    })
+    }))
 }
 
 fn forward(forward: &Forward) -> Value {

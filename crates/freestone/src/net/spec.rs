@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use freestone_vmm::net::MacAddr;
 use freestone_vmm::net::nat::NatConfig;
+use freestone_vmm::net::stream::StreamAddr;
 use freestone_vmm::net::switch::{Vlan, VlanSet};
 
 use super::user;
@@ -132,10 +133,10 @@ pub(crate) enum SwitchPlace {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct StreamSpec {
     /// Where it is.
-    pub(crate) path: PathBuf,
+    pub(crate) addr: StreamAddr,
     /// Whether to listen, where otherwise one connects.
     pub(crate) server: bool,
-    /// How long to wait until a connection that broke is made again; `None`: never.
+    /// How long to wait at first until a connection that broke is made again; `None`: never.
     pub(crate) reconnect: Option<Duration>,
 }
 
@@ -290,7 +291,14 @@ fn vlan(text: &str) -> Result<u16, String> {
 }
 
 fn stream(options: &mut Options) -> Result<StreamSpec, String> {
-    let path = options.text("stream")?.ok_or("stream needs the path of a socket: stream=net.sock")?.into();
+    let addr = options.with("stream", |text| match text.strip_prefix("tcp:") {
+        None => Ok(StreamAddr::Unix(text.into())),
+        Some(addr) => match addr.parse() {
+            Ok(addr) => Ok(StreamAddr::Tcp(addr)),
+            Err(_) => Err("say an address and a port, as tcp:127.0.0.1:5000".to_owned()),
+        },
+    })?;
+    let addr = addr.ok_or("stream needs the path of a socket: stream=net.sock")?;
     let server = options.switch("server")?.unwrap_or(false);
     let reconnect = options.with("reconnect", |text| match text {
         "off" => Ok(None),
@@ -302,7 +310,7 @@ fn stream(options: &mut Options) -> Result<StreamSpec, String> {
     if server && reconnect.is_some() {
         return Err("reconnect= is for the side that connects: server=on waits for the next peer".to_owned());
     }
-    Ok(StreamSpec { path, server, reconnect: reconnect.unwrap_or(Some(Duration::from_secs(1))) })
+    Ok(StreamSpec { addr, server, reconnect: reconnect.unwrap_or(Some(Duration::from_secs(1))) })
 }
 
 fn rate(options: &mut Options, way: &str, both: Rate) -> Result<Rate, String> {
@@ -427,6 +435,8 @@ mod tests {
         assert_eq!(stream("stream=a,reconnect=off").reconnect, None);
         assert_eq!(stream("stream=a,reconnect=5").reconnect, Some(Duration::from_secs(5)));
         assert!(stream("stream=a,server=on").server);
+        assert_eq!(stream("stream=a").addr, StreamAddr::Unix("a".into()));
+        assert_eq!(stream("stream=tcp:[::1]:80").addr, StreamAddr::Tcp("[::1]:80".parse().unwrap()));
     }
 
     #[test]
@@ -450,6 +460,7 @@ mod tests {
             ("switch=a,vlan=0", "vlan=0: \"0\" is no VLAN: say 1 to 4094"),
             ("switch=a,trunk=1+4095", "trunk=1+4095: "),
             ("stream", "stream=net.sock"),
+            ("stream=tcp:localhost", "as tcp:127.0.0.1:5000"),
             ("stream=a,reconnect=0", "reconnect=0: say 1 to 3600"),
             ("stream=a,server=on,reconnect=1", "for the side that connects"),
             ("tap=a,hostfwd=tcp::1-:2", "\"hostfwd\" is an option of user, not of tap"),
