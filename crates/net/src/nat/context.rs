@@ -1,6 +1,7 @@
 //! What the parts of a NAT work with: [`Context`], and the [`Poll`] with its [`Token`]s.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -218,6 +219,9 @@ pub(super) struct Ready {
 pub(super) struct Poll(Arc<OwnedFd>);
 
 impl Poll {
+    /// Most that [`ready`](Self::ready) takes at once.
+    pub(super) const MAX_READY: usize = 128;
+
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self(Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?)))
     }
@@ -239,12 +243,13 @@ impl Poll {
         Ok(epoll::add(&self.0, fd, epoll::EventData::new_u64(token.to_u64()), flags)?)
     }
 
-    /// Takes what is ready now, at most as much as `events` has room for, without waiting.
-    pub(super) fn ready(&self, events: &mut Vec<epoll::Event>) -> io::Result<impl Iterator<Item = Ready>> {
-        events.clear();
+    /// Takes what is ready now, at most [`MAX_READY`](Self::MAX_READY), without waiting.
+    pub(super) fn ready(&self, ready: &mut Vec<Ready>) -> io::Result<()> {
+        ready.clear();
         let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        epoll::wait(&self.0, rustix::buffer::spare_capacity(events), Some(&zero))?;
-        Ok(events.iter().filter_map(|event| {
+        let mut room = [const { MaybeUninit::<epoll::Event>::uninit() }; Self::MAX_READY];
+        let (events, _) = epoll::wait(&self.0, &mut room, Some(&zero))?;
+        ready.extend(events.iter().filter_map(|event| {
             let (flags, data) = (event.flags, event.data);
             let has = |wanted| flags.intersects(wanted);
             let closed = has(epoll::EventFlags::ERR | epoll::EventFlags::HUP);
@@ -255,7 +260,8 @@ impl Poll {
                 hangup: has(epoll::EventFlags::RDHUP | epoll::EventFlags::HUP),
                 closed,
             })
-        }))
+        }));
+        Ok(())
     }
 }
 

@@ -16,10 +16,12 @@ mod emit;
 mod engine;
 mod forward;
 mod fragment;
+mod handle;
 mod icmp;
 mod link;
 mod outbox;
 mod policy;
+mod port;
 mod stats;
 mod tcp;
 #[cfg(test)]
@@ -28,5 +30,7 @@ mod udp;
 
 pub use config::{Forward, GuestForward, GuestTarget, Ipv4Config, Ipv6Config, Limits, NatConfig, Protocol};
 pub use dial::{Dial, HostDial};
+pub use handle::NatHandle;
 pub use policy::{Action, Cidr, Policy, Rule};
+pub use port::Nat;
 pub use stats::{FlowInfo, FlowState, NatCounts, NatStats};

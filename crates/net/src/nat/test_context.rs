@@ -146,7 +146,9 @@ impl World {
 
     /// What is ready now.
     pub(super) fn ready(&mut self) -> Vec<Ready> {
-        self.poll.ready(&mut Vec::with_capacity(64)).unwrap().collect()
+        let mut ready = Vec::new();
+        self.poll.ready(&mut ready).unwrap();
+        ready
     }
 
     /// The value of a counter.

@@ -16,7 +16,7 @@ use super::flow::{Begin, Flow};
 use super::socket::Socket;
 use super::table::Key;
 use crate::nat::context::{Context, Kind, Ready, Token};
-use crate::nat::{Forward, Protocol};
+use crate::nat::Forward;
 use crate::{Error, Result};
 
 /// Connections that are taken from one listener in one step.
@@ -80,11 +80,6 @@ impl Tcp {
         let before = self.listeners.list.len();
         self.listeners.list.retain(|listener| listener.forward.host != host);
         before != self.listeners.list.len()
-    }
-
-    /// The forwards, with the ports that the host chose.
-    pub(in crate::nat) fn forwards(&self) -> Vec<Forward> {
-        self.listeners.list.iter().map(|listener| listener.forward).collect()
     }
 
     /// Somebody comes to a listener.
@@ -154,7 +149,7 @@ impl Tcp {
             socket.abort();
             return;
         };
-        if self.table.len() >= self.max_flows || !self.rate.take(cx.now, &cx.config.limits) {
+        if self.table.len() >= self.max_flows || !self.rate.admit(cx.now) {
             cx.stats.limited();
             socket.abort();
             return;
@@ -210,11 +205,4 @@ fn open(addr: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
     listen(&fd, BACKLOG)?;
     let addr = SocketAddr::try_from(getsockname(&fd)?)?;
     Ok((fd, addr))
-}
-
-impl Forward {
-    /// Whether this is of TCP.
-    pub(in crate::nat) fn is_tcp(&self) -> bool {
-        self.protocol == Protocol::Tcp
-    }
 }

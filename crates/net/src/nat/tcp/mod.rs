@@ -23,19 +23,19 @@ use std::net::{IpAddr, SocketAddr};
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use flow::{End, Flow, Stage, send_control};
+use flow::{End, Stage, send_control};
 use listen::Listeners;
-use open::Rate;
 use table::{Key, Table};
 use timers::Timers;
 use wire::{Flags, Header, Segment, Seq};
 
+use super::admission::Admission;
 use super::context::{Context, Ready};
 use super::stats::FlowInfo;
 use super::{Limits, NatConfig};
 use crate::{Frame, Offloads, Received};
 
-pub(super) use wire::{ETHERNET, add_frame, fold, pseudo};
+pub(super) use wire::{add_frame, fold, pseudo};
 
 /// How long a program may go on after its connection ended.
 const CHILD_GRACE: Duration = Duration::from_secs(10);
@@ -86,7 +86,7 @@ pub(super) struct Tcp {
     table: Table,
     queues: Queues,
     listeners: Listeners,
-    rate: Rate,
+    rate: Admission,
     /// Flows at once.
     max_flows: usize,
     /// Programs whose connections ended, and when they are to be killed.
@@ -111,7 +111,7 @@ impl Tcp {
             table: Table::default(),
             queues,
             listeners: Listeners::default(),
-            rate: Rate::default(),
+            rate: Admission::new(config.limits.new_flows),
             max_flows: open::max_flows(&config.limits),
             children: Vec::new(),
             next_child_check: None,

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Instant;
 
 use rustix::process::{Resource, getrlimit};
 
@@ -13,30 +12,6 @@ use super::wire::Segment;
 use super::{Queues, Tcp, refuse};
 use crate::nat::context::{Context, Ready};
 use crate::nat::{GuestTarget, Limits, Protocol};
-
-/// How many new flows there may be: a bucket that fills by `limits.new_flows` in a second.
-#[derive(Debug, Default)]
-pub(super) struct Rate {
-    /// Thousandths of a flow that were taken and did not come back.
-    taken: u64,
-    since: Option<Instant>,
-}
-
-impl Rate {
-    /// Takes one, if there is one.
-    pub(super) fn take(&mut self, now: Instant, limits: &Limits) -> bool {
-        let per_second = u64::from(limits.new_flows);
-        let elapsed = now.saturating_duration_since(*self.since.get_or_insert(now)).as_millis();
-        let back = u64::try_from(elapsed).unwrap_or(u64::MAX).saturating_mul(per_second);
-        self.taken = self.taken.saturating_sub(back);
-        self.since = Some(now);
-        let free = self.taken + 1000 <= per_second * 1000;
-        if free {
-            self.taken += 1000;
-        }
-        free
-    }
-}
 
 /// Most flows at once: a quarter of the files that the process may have is left to others.
 pub(super) fn max_flows(limits: &Limits) -> usize {
@@ -58,7 +33,7 @@ impl Tcp {
             cx.stats.denied();
             return refuse(cx, &key, syn, 0);
         };
-        if !self.rate.take(cx.now, &cx.config.limits) {
+        if !self.rate.admit(cx.now) {
             // It asks again in a second.
             cx.stats.limited();
             return;

@@ -5,10 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use bitflags::bitflags;
 
 use crate::nat::context::Link;
+use crate::nat::emit::ETHERNET;
 use crate::{Frame, MacAddr};
 
-/// Ethernet header.
-pub(in crate::nat) const ETHERNET: usize = 14;
 /// TCP header without options.
 const TCP: usize = 20;
 /// The checksum's place in the TCP header.
