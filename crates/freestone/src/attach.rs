@@ -20,7 +20,7 @@ use crate::control::{Controls, limiter};
 use crate::demo;
 use crate::disk::{DiskSpec, Format};
 use crate::failure::Failure;
-use crate::net;
+use crate::net::{self, Pump, Threads};
 
 /// The most disks: as many as there are letters. A transport may have less room.
 const MAX_DISKS: usize = 26;
@@ -38,6 +38,8 @@ pub(crate) struct Attached {
     pub(crate) controls: Controls,
     /// The virtio console, if there is one.
     pub(crate) console: Option<ConsoleHandle>,
+    /// What joins switches with those of other processes, and who is to drive it; nobody: the machine.
+    pub(crate) pumps: Vec<(Pump, Option<Arc<Threads>>)>,
     transport: Transport,
 }
 
@@ -49,7 +51,7 @@ impl Attached {
             cli::Transport::Mmio => Transport::Mmio,
         };
         let mut attached =
-            Self { plugs: Vec::new(), controls: Controls::default(), console: None, transport };
+            Self { plugs: Vec::new(), controls: Controls::default(), console: None, pumps: Vec::new(), transport };
         net::check(&args.nets)?;
         room(args)?;
         attached.disks(args)?;
@@ -161,7 +163,8 @@ impl Attached {
         let (cards, nics) = net::attach(&args.nets)?;
         self.controls.nics = nics;
         for card in cards {
-            self.device_on(card.device, &card.name, card.spawner);
+            self.pumps.extend(card.pump.map(|pump| (pump, card.threads.clone())));
+            self.device_on(card.device, &card.name, card.threads.map(|threads| threads as Arc<dyn Spawn>));
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use freestone_kvm::Kvm;
 use freestone_vmm::devices::{I8042Plug, PciRootPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug};
@@ -18,6 +19,7 @@ use crate::console::{Console, FollowSize};
 use crate::control::ControlServer;
 use crate::failure::{FAILURE, Failure};
 use crate::signals::StopOnSignal;
+use crate::net::{Pump, Threads};
 use crate::{size, stats};
 
 /// Runs a machine until it ends.
@@ -49,6 +51,11 @@ pub(crate) fn run(args: &Run) -> Result<ExitCode, Failure> {
     }
     let mut machine = builder.payload(payload).build()?;
 
+    let drive = |(pump, threads): (Pump, Option<Arc<Threads>>)| match threads {
+        Some(threads) => Ok(bus::spawn(&*threads, pump)?),
+        None => Ok::<_, Failure>(machine.drive(pump)?),
+    };
+    let _pumps = attached.pumps.into_iter().map(drive).collect::<Result<Vec<_>, _>>()?;
     let terminal = console.attach(machine.handle())?;
     let signals = StopOnSignal::install(machine.handle())
         .map_err(|e| Failure::new(format!("cannot catch signals: {e}")))?;

@@ -8,9 +8,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use freestone_vmm::bus::{Pollable, Registration, Source, Spawn, ThreadSpawner};
+use freestone_vmm::bus::{Pollable, Progress, Registration, Source, Spawn, ThreadSpawner, Work};
 use freestone_vmm::net::nat::Nat;
 use freestone_vmm::net::stream::{StreamOptions, StreamPort};
+use freestone_vmm::net::switch::{NamedSwitch, PortOptions};
 use freestone_vmm::net::tap::{Tap, TapOptions};
 use freestone_vmm::net::{MacAddr, Port};
 use freestone_vmm::virtio::net::{Net, NetConfig};
@@ -29,7 +30,23 @@ pub(crate) struct Card {
     pub(crate) device: Net,
     pub(crate) name: String,
     /// Who drives it; `None`: the machine's event loop.
-    pub(crate) spawner: Option<Arc<dyn Spawn>>,
+    pub(crate) threads: Option<Arc<Threads>>,
+    /// What must be driven beside it, by the same.
+    pub(crate) pump: Option<Pump>,
+}
+
+/// Joins this process's part of a switch with those of others, as long as it is driven.
+#[derive(Debug)]
+pub(crate) struct Pump(NamedSwitch);
+
+impl Work for Pump {
+    fn sources(&self) -> Vec<Source> {
+        self.0.sources()
+    }
+
+    fn process(&mut self) -> Progress {
+        if self.0.step() { Progress::More } else { Progress::Idle }
+    }
 }
 
 /// How many cards `--net` asks for.
@@ -77,8 +94,12 @@ pub(crate) fn attach(specs: &[NetSpec]) -> Result<(Vec<Card>, Nics), Failure> {
     let (mut cards, mut nics) = (Vec::new(), Nics::default());
     for (number, spec) in specs.iter().enumerate() {
         let name = name(number, spec);
-        let Some((port, place)) = plug(spec)? else { continue };
-        let (card, nic) = card(number, name, spec, port, place)?;
+        if matches!(spec.kind, Kind::Absent) {
+            continue;
+        }
+        let mac = mac(number, spec)?;
+        let (port, place) = plug(spec, &name, mac)?;
+        let (card, nic) = card(name, spec, mac, port, place)?;
         cards.push(card);
         nics.push(nic);
     }
@@ -86,23 +107,24 @@ pub(crate) fn attach(specs: &[NetSpec]) -> Result<(Vec<Card>, Nics), Failure> {
 }
 
 fn card(
-    number: usize,
     name: String,
     spec: &NetSpec,
+    mac: MacAddr,
     port: Box<dyn Port>,
     place: Place,
 ) -> Result<(Card, Nic), Failure> {
     let info = port.info();
-    let mut config = NetConfig::new().pairs(spec.queues).mac(mac(number, spec, info.mac)?);
+    let mut config = NetConfig::new().pairs(spec.queues).mac(mac);
     config.mtu = spec.mtu;
     config.rx_limiter = limiter(spec.rx.bandwidth, spec.rx.iops);
     config.tx_limiter = limiter(spec.tx.bandwidth, spec.tx.iops);
     let device = Net::from_box(port, config)?;
     let handle = device.handle();
     handle.set_link(spec.link);
-    let spawner: Option<Arc<dyn Spawn>> = match spec.thread {
-        true => Some(Arc::new(Threads::new(&name, spec.queues)?)),
-        false => None,
+    let threads = spec.thread.then(|| Threads::new(&name, spec.queues)).transpose()?.map(Arc::new);
+    let pump = match &place {
+        Place::Switch { switch, .. } => Some(Pump(switch.clone())),
+        _ => None,
     };
     let nic = Nic {
         id: name.clone(),
@@ -114,13 +136,12 @@ fn card(
         queues: spec.queues,
         pcap: spec.pcap.clone(),
     };
-    Ok((Card { device, name, spawner }, nic))
+    Ok((Card { device, name, threads, pump }, nic))
 }
 
-/// The address of a card: as it was said, or as the network expects. Machines that share a network must not share an address, so
-/// it is random there.
-fn mac(number: usize, spec: &NetSpec, expected: Option<MacAddr>) -> Result<MacAddr, Failure> {
-    if let Some(mac) = spec.mac.or(expected) {
+/// The address of a card if none is said. Machines that share a network must not share an address, so it is random there.
+fn mac(number: usize, spec: &NetSpec) -> Result<MacAddr, Failure> {
+    if let Some(mac) = spec.mac {
         return Ok(mac);
     }
     if !matches!(spec.kind, Kind::User(_)) {
@@ -132,10 +153,10 @@ fn mac(number: usize, spec: &NetSpec, expected: Option<MacAddr>) -> Result<MacAd
     Ok(MacAddr(mac))
 }
 
-/// Opens what a card is plugged into; `None` if there is to be no card.
-fn plug(spec: &NetSpec) -> Result<Option<(Box<dyn Port>, Place)>, Failure> {
+/// Opens what a card is plugged into.
+fn plug(spec: &NetSpec, name: &str, mac: MacAddr) -> Result<(Box<dyn Port>, Place), Failure> {
     let (port, place): (Box<dyn Port>, Place) = match &spec.kind {
-        Kind::Absent => return Ok(None),
+        Kind::Absent => return Err(Failure::usage("--net none means that there is no card")),
         Kind::User(config) => {
             let nat = Nat::new((**config).clone())?;
             let handle = nat.handle();
@@ -151,9 +172,21 @@ fn plug(spec: &NetSpec) -> Result<Option<(Box<dyn Port>, Place)>, Failure> {
             let status = stream.status();
             (Box::new(stream), Place::Stream { addr: spec.addr.clone(), server: spec.server, status })
         }
-        Kind::Switch(_) => return Err(Failure::new("not yet")),
+        Kind::Switch(place) => {
+            let options = PortOptions {
+                name: name.to_owned(),
+                vlan: place.vlan.clone(),
+                isolated: place.isolated,
+                mac: Some(mac),
+                max_pairs: spec.queues,
+                ..PortOptions::default()
+            };
+            let (port, switch) = NamedSwitch::join(&place.name, options)?;
+            let id = port.id();
+            (Box::new(port), Place::Switch { name: place.name.clone(), switch, id })
+        }
     };
-    Ok(Some((port, place)))
+    Ok((port, place))
 }
 
 fn tap(spec: &TapSpec, queues: u16) -> Result<Tap, Failure> {
@@ -183,7 +216,7 @@ fn stream(spec: &StreamSpec) -> Result<StreamPort, Failure> {
 
 /// Threads of a card: each pair of queues has its own.
 #[derive(Debug)]
-struct Threads {
+pub(crate) struct Threads {
     threads: Vec<ThreadSpawner>,
     next: AtomicUsize,
 }
@@ -236,11 +269,9 @@ mod tests {
     #[test]
     fn cards_of_user_networks_have_the_addresses_of_qemu_and_others_random_ones() {
         let spec: NetSpec = "user".parse().unwrap();
-        assert_eq!(mac(0, &spec, None).unwrap().to_string(), "52:54:00:12:34:56");
-        assert_eq!(mac(2, &spec, None).unwrap().to_string(), "52:54:00:12:34:58");
-        let expected = MacAddr([2, 0, 0, 0, 0, 1]);
-        assert_eq!(mac(0, &spec, Some(expected)).unwrap(), expected);
+        assert_eq!(mac(0, &spec).unwrap().to_string(), "52:54:00:12:34:56");
+        assert_eq!(mac(2, &spec).unwrap().to_string(), "52:54:00:12:34:58");
         let tap: NetSpec = "tap=a".parse().unwrap();
-        assert_ne!(mac(0, &tap, None).unwrap(), mac(0, &tap, None).unwrap());
+        assert_ne!(mac(0, &tap).unwrap(), mac(0, &tap).unwrap());
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use freestone_vmm::net::nat::{FlowInfo, FlowState, Forward, NatHandle};
 use freestone_vmm::net::stream::{StreamAddr, StreamStatus};
+use freestone_vmm::net::switch::{NamedSwitch, PortId, Role, SwitchInfo, Vlan};
 use freestone_vmm::net::{self, Offloads, PortCounts, PortInfo};
 use freestone_vmm::virtio::net::{NetCounts, NetHandle};
 use freestone_vmm::virtio::rate::{RateLimiter, TokenBucket};
@@ -18,6 +19,8 @@ use crate::control::{Request, limiter};
 /// Flows in an answer if nothing is said, and at most.
 const FLOWS: u32 = 100;
 const MAX_FLOWS: u32 = 10_000;
+/// Addresses of a switch in an answer, at most.
+const MAX_TABLE: usize = 1024;
 
 /// The network cards of a machine.
 #[derive(Debug, Default)]
@@ -41,6 +44,7 @@ pub(super) struct Nic {
 pub(super) enum Place {
     User(NatHandle),
     Tap { name: String },
+    Switch { name: String, switch: NamedSwitch, id: PortId },
     Stream { addr: StreamAddr, server: bool, status: Arc<StreamStatus> },
 }
 
@@ -164,6 +168,7 @@ impl Nic {
         });
         let place = match &self.place {
             Place::User(nat) => user(nat).map_err(|error| chain(&error))?,
+            Place::Switch { name, switch, id } => self::switch(name, switch, *id),
             Place::Tap { name } => json!({ "name": name }),
             Place::Stream { addr, server, status } => json!({
                 "addr": addr.to_string(),
@@ -205,6 +210,53 @@ fn user(nat: &NatHandle) -> net::Result<Value> {
         "flows": nat.flows()?.len(),
         "nat": counters,
     }))
+}
+
+/// A switch as the card `id` of this process is in it.
+fn switch(name: &str, switch: &NamedSwitch, id: PortId) -> Value {
+    let SwitchInfo { ports, table, counts, .. } = switch.switch().info();
+    let role = match switch.role() {
+        Role::Server(others) => format!("listens, {others} connected"),
+        Role::Client => "connected".to_owned(),
+        _ => "alone".to_owned(),
+    };
+    let named = |id: PortId| ports.iter().find(|port| port.id == id).map(|port| port.name.clone());
+    let table: Vec<_> = table.iter().take(MAX_TABLE).map(|entry| {
+        json!({
+            "mac": entry.mac.to_string(),
+            "vlan": entry.vlan,
+            "port": named(entry.port),
+            "age_s": entry.age.as_secs(),
+        })
+    }).collect();
+    let own = ports.iter().find(|port| port.id == id);
+    let drops: Map<_, _> = counts.drops().map(|(reason, count)| (reason.name().to_owned(), count.into())).collect();
+    json!({
+        "name": name,
+        "path": switch.path(),
+        "role": role,
+        "vlan": own.map(|port| vlan(&port.vlan)),
+        "isolated": own.map(|port| port.isolated),
+        "ports": ports.len(),
+        "addresses": table.len(),
+        "table": table,
+        "counters": {
+            "forwarded": counts.forwarded,
+            "flooded": counts.flooded,
+            "learned": counts.learned,
+            "moved": counts.moved,
+            "unlearned": counts.unlearned,
+        },
+        "drops": drops,
+    })
+}
+
+fn vlan(vlan: &Vlan) -> String {
+    match vlan {
+        Vlan::Access(vlan) => vlan.to_string(),
+        Vlan::Trunk { allowed, native: None } => format!("trunk of {allowed}"),
+        Vlan::Trunk { allowed, native: Some(native) } => format!("trunk of {allowed}, {native} without tags"),
+    }
 }
 
 fn forward(forward: &Forward) -> Value {

@@ -4,6 +4,9 @@ use serde_json::Value;
 
 use crate::size;
 
+/// Addresses of a switch that are listed.
+const TABLE: usize = 16;
+
 /// The elements of an array.
 pub(super) fn list<'a>(value: &'a Value, key: &str) -> impl Iterator<Item = &'a Value> {
     value.get(key).and_then(Value::as_array).into_iter().flatten()
@@ -89,10 +92,23 @@ pub(super) fn nics(view: &Value) -> String {
 
 fn details(nic: &Value) -> Vec<String> {
     let mut lines = Vec::new();
-    for place in ["tap", "switch", "stream"] {
-        if let Some(value) = nic.get(place).filter(|value| !value.is_null()) {
-            lines.push(format!("{place} {}", plain(value)));
+    lines.extend(nic.pointer("/tap/name").map(|name| format!("tap {}", plain(name))));
+    if let Some(switch) = nic.get("switch") {
+        let [name, role, vlan] = ["/name", "/role", "/vlan"].map(|key| text(switch, key));
+        lines.push(format!("switch {name} ({role}), VLAN {vlan}"));
+        lines.extend(list(switch, "table").take(TABLE).map(|entry| {
+            let [mac, vlan, port] = ["/mac", "/vlan", "/port"].map(|key| text(entry, key));
+            format!("{mac} is at {port} in VLAN {vlan}")
+        }));
+        let more = list(switch, "table").count().saturating_sub(TABLE);
+        if more > 0 {
+            lines.push(format!("… {more} more addresses"));
         }
+    }
+    if let Some(stream) = nic.get("stream") {
+        let connected = stream.get("connected").and_then(Value::as_bool) == Some(true);
+        let state = if connected { "connected" } else { "nobody at the other end" };
+        lines.push(format!("stream {}: {state}", text(stream, "/addr")));
     }
     if let Some(user) = nic.get("user").filter(|user| !user.is_null()) {
         for (net, guest) in [("ipv4", "guest"), ("ipv6", "prefix")] {

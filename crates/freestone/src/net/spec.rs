@@ -112,21 +112,12 @@ pub(crate) enum TapSpec {
 /// A place in a switch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SwitchSpec {
-    /// The switch's name, or the path of its socket.
-    pub(crate) place: SwitchPlace,
+    /// The switch's name, or, with a slash in it, the path of its socket.
+    pub(crate) name: String,
     /// What VLANs the place is in.
     pub(crate) vlan: Vlan,
     /// Whether isolated places do not reach one another.
     pub(crate) isolated: bool,
-}
-
-/// Which switch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum SwitchPlace {
-    /// By name, for machines of one user.
-    Named(String),
-    /// By the path of its socket.
-    Path(PathBuf),
 }
 
 /// A stream socket.
@@ -265,9 +256,9 @@ fn descriptor(text: &str) -> Result<i32, String> {
 }
 
 fn switch(options: &mut Options) -> Result<SwitchSpec, String> {
-    let place = options.with("switch", |text| match text.contains('/') {
-        true => Ok(SwitchPlace::Path(text.into())),
-        false => id(text).map(SwitchPlace::Named),
+    let name = options.with("switch", |text| match text.contains('/') {
+        true => Ok(text.to_owned()),
+        false => id(text),
     })?;
     let access = options.with("vlan", vlan)?;
     let trunk = options.with("trunk", |text| match text {
@@ -275,7 +266,7 @@ fn switch(options: &mut Options) -> Result<SwitchSpec, String> {
         _ => text.replace('+', ",").parse::<VlanSet>().map_err(user::reason),
     })?;
     Ok(SwitchSpec {
-        place: place.ok_or("switch needs a name or a path: switch=lan0 or switch=./lan0.sock")?,
+        name: name.ok_or("switch needs a name or a path: switch=lan0 or switch=./lan0.sock")?,
         vlan: match (access, trunk) {
             (None, None) => Vlan::default(),
             (Some(vlan), None) => Vlan::Access(vlan),
@@ -415,9 +406,9 @@ mod tests {
             other => panic!("{other:?}"),
         };
         let plain = switch("switch=lan0");
-        assert_eq!((plain.place, plain.vlan), (SwitchPlace::Named("lan0".into()), Vlan::Access(1)));
+        assert_eq!((plain.name.as_str(), plain.vlan), ("lan0", Vlan::Access(1)));
         let path = switch("switch=./a,,b.sock,vlan=7,isolated=on");
-        assert_eq!((path.place, path.vlan), (SwitchPlace::Path("./a,b.sock".into()), Vlan::Access(7)));
+        assert_eq!((path.name.as_str(), path.vlan), ("./a,b.sock", Vlan::Access(7)));
         assert!(path.isolated);
         let trunk = |vlans: &[u16], native| Vlan::Trunk { allowed: vlans.iter().copied().collect(), native };
         assert_eq!(switch("switch=lan0,trunk=1+20-22").vlan, trunk(&[1, 20, 21, 22], None));
