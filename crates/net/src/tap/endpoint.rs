@@ -7,13 +7,15 @@ use std::sync::Arc;
 
 use freestone_memory::io::{read_vectored, write_vectored};
 use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend, MemorySlice};
-use rustix::event::{PollFd, PollFlags, epoll};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 
 use crate::gso;
 use crate::{Endpoint, Error, Frame, Offloads, PortStats, Received, Result, Sent, Source, VnetHeader};
 
 /// The largest frame: an IP packet of 64 KiB, Ethernet, and two tags of VLANs.
 const MAX_FRAME: usize = 65535 + 22;
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
 /// Room for what does not fit into the room of a caller.
 const SPILL: usize = 0x1_1000;
 /// Bytes that Ethernet adds to an IP packet, with one tag.
@@ -27,14 +29,14 @@ const MAX_REFUSED: usize = 2048;
 /// One queue of a tap, which is a descriptor that reads and writes whole frames.
 pub(super) struct TapEndpoint {
     fd: Arc<OwnedFd>,
-    /// What wakes it: the descriptor in an epoll of its own, where writing is watched too. A source is watched for reading only.
-    wake: Arc<OwnedFd>,
+    /// Becomes readable when the descriptor becomes writable: a source is watched for reading only.
+    writing: Arc<OwnedFd>,
     vnet: bool,
     /// What the machine lets be left undone.
     receive: Offloads,
     /// Bytes that most frames have at most.
     usual: usize,
-    /// It was not found empty since it was last said to be ready.
+    /// It was not found empty since it was last found readable.
     readable: bool,
     /// Frames that did not fit into the room they were read to: here.
     spill: GuestMem,
@@ -61,9 +63,9 @@ impl TapEndpoint {
         stats: Arc<PortStats>,
     ) -> Result<Self> {
         let failed = || Error::io("watch a tap");
-        let wake = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| failed()(e.into()))?;
-        let both = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
-        epoll::add(&wake, &fd, epoll::EventData::new_u64(0), both).map_err(|e| failed()(e.into()))?;
+        let writing = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| failed()(e.into()))?;
+        let edges = epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        epoll::add(&writing, &fd, epoll::EventData::new_u64(0), edges).map_err(|e| failed()(e.into()))?;
         let spill = GuestMem::anonymous(SPILL as u64)
             .map_err(|e| Error::io("get memory for the frames of a tap")(io::Error::other(e)))?;
         let large = Offloads::TSO4 | Offloads::TSO6 | Offloads::UFO | Offloads::USO;
@@ -71,8 +73,8 @@ impl TapEndpoint {
             Some(mtu) if !receive.intersects(large) => usize::from(mtu) + ETHERNET,
             _ => MAX_FRAME,
         };
-        let wake = Arc::new(wake);
-        Ok(Self { fd, wake, vnet, receive, usual, readable: true, spill, waiting: None, stats })
+        let writing = Arc::new(writing);
+        Ok(Self { fd, writing, vnet, receive, usual, readable: true, spill, waiting: None, stats })
     }
 
     /// Reads the next frame to `room`; what does not fit goes to the spill, and then the rest is brought there.
@@ -173,13 +175,22 @@ impl TapEndpoint {
         Received::Frame(len, header)
     }
 
-    /// Whether there is room to write now; if not, the kernel was told that somebody waits for it. Without asking, it would not
-    /// wake anybody.
+    /// Whether there is room to write now; if not, `writing` will tell when there is.
     fn writable(&self) -> bool {
-        let mut fds = [PollFd::new(&self.fd, PollFlags::OUT)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        // A failure to ask must not stop the machine: the frame is tried again, and dropped then.
-        rustix::event::poll(&mut fds, Some(&now)).is_err() || !fds[0].revents().is_empty()
+        // What it told before is taken from it, so that it can tell again.
+        let mut events =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+        if let Err(error) = epoll::wait(&self.writing, &mut events, Some(&NOW)) {
+            tracing::debug!(%error, "a tap is not watched");
+        }
+        // The kernel wakes only who asked while there was no room.
+        self.is(PollFlags::OUT)
+    }
+
+    fn is(&self, wanted: PollFlags) -> bool {
+        // If it cannot be asked, it is tried.
+        let mut fds = [PollFd::new(&self.fd, wanted)];
+        rustix::event::poll(&mut fds, Some(&NOW)).is_err() || fds[0].revents().intersects(wanted)
     }
 }
 
@@ -208,7 +219,7 @@ fn with_spill<'s, 'm>(
 
 impl Endpoint for TapEndpoint {
     fn sources(&self) -> Vec<Source> {
-        vec![self.wake.clone()]
+        vec![self.fd.clone(), self.writing.clone()]
     }
 
     fn transmit(&mut self, header: &VnetHeader, frame: Frame<'_, '_>) -> Sent {
@@ -241,29 +252,17 @@ impl Endpoint for TapEndpoint {
         Sent::Done
     }
 
-    fn flush(&mut self) {
-        // Takes the events, so that the next one is seen. That there was one says only that reading is worth trying.
-        let mut events =
-            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        if epoll::wait(&self.wake, &mut events, Some(&now)) != Ok(0) {
-            self.readable = true;
-        }
-    }
-
     fn waiting(&mut self) -> Option<usize> {
-        match self.waiting {
-            Some((len, _)) => Some(len),
-            None => self.readable.then_some(self.usual),
+        if let Some((len, _)) = self.waiting {
+            return Some(len);
         }
+        self.readable = self.readable || self.is(PollFlags::IN);
+        self.readable.then_some(self.usual)
     }
 
     fn receive(&mut self, room: Frame<'_, '_>) -> Received {
         if self.waiting.is_some() {
             return self.take_waiting(&room);
-        }
-        if !self.readable {
-            return Received::Nothing;
         }
         for _ in 0..MAX_REFUSED {
             match self.read(&room) {
@@ -290,9 +289,8 @@ impl Endpoint for TapEndpoint {
         }
         // The kernel drops what there is no room for, and with it the frame.
         let mut byte = [0; VnetHeader::LEN + 1];
-        if self.readable
-            && matches!(read_vectored(self.fd.as_fd(), &mut byte, &[] as &[MemorySlice<'_>], 0..0), Ok(1..))
-        {
+        let none: [MemorySlice<'_>; 0] = [];
+        if matches!(read_vectored(self.fd.as_fd(), &mut byte, &none, 0..0), Ok(1..)) {
             self.stats.receive_dropped();
         }
     }
