@@ -2,13 +2,13 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemoryBackend};
 use freestone_net::nat::{Nat, NatHandle};
-use freestone_net::{Endpoint, Frame, Offloads, Port, Received, Setup, Source, VnetHeader};
-use rustix::event::{PollFd, PollFlags, poll};
+use freestone_net::{Endpoint, Frame, Offloads, Port, Received, Sent, Setup, Source, VnetHeader};
+use rustix::event::epoll;
 use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp;
@@ -22,7 +22,9 @@ const PIECES: [(u64, usize); 4] = [(0x1000, 100), (0x2_0000, 1400), (0x4_0000, 3
 /// The link: an endpoint and memory for frames.
 pub struct Link {
     pub endpoint: Box<dyn Endpoint>,
-    pub source: Source,
+    /// Watches the source as a worker does: for edges.
+    watch: OwnedFd,
+    _source: Source,
     mem: GuestMem,
     pub receive: Offloads,
     /// One of so many frames is lost, either way.
@@ -39,9 +41,15 @@ impl Link {
     pub fn new(port: &mut dyn Port, receive: Offloads) -> Self {
         let endpoint = port.open(&Setup { pairs: 1, receive }).unwrap().pop().unwrap();
         let source = endpoint.sources().pop().unwrap();
+        let watch = watch(&source);
         let mem = GuestMem::anonymous(0x10_0000).unwrap();
         let (got, random) = (Vec::new(), 0x1234_5678_9ABC_DEF1);
-        Self { endpoint, source, mem, receive, loss: None, random, got, deaf: false, moved: false }
+        Self { endpoint, watch, _source: source, mem, receive, loss: None, random, got, deaf: false, moved: false }
+    }
+
+    /// Takes the card out.
+    pub fn close(&mut self) {
+        self.endpoint = Box::new(Nothing);
     }
 
     fn lost(&mut self) -> bool {
@@ -87,21 +95,43 @@ impl Link {
         }
     }
 
-    /// Waits until the endpoint has something, or some time passed.
-    pub fn wait(&self, time: Duration) {
-        // SAFETY-free: the descriptor is open as long as the source is.
-        let fd = rustix::io::dup(borrow(&self.source)).unwrap();
+    /// Waits until the source says that it is worth asking, or some time passed. Returns which.
+    pub fn wait(&self, time: Duration) -> bool {
         let time = rustix::event::Timespec::try_from(time).unwrap();
-        poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&time)).unwrap();
+        let mut events = Vec::with_capacity(1);
+        epoll::wait(&self.watch, rustix::buffer::spare_capacity(&mut events), Some(&time)).unwrap();
+        !events.is_empty()
     }
 }
 
-fn borrow(source: &Source) -> BorrowedFd<'_> {
+fn watch(source: &Source) -> OwnedFd {
+    let watch = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+    let fd = source.as_raw_fd();
     #[expect(unsafe_code, reason = "a raw descriptor is all that a source tells")]
-    // SAFETY: the source keeps its descriptor open while it is borrowed.
-    unsafe {
-        BorrowedFd::borrow_raw(source.as_raw_fd())
+    // SAFETY: the source, which keeps its descriptor open, is borrowed until after the last use.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+    epoll::add(&watch, fd, epoll::EventData::new_u64(0), flags).unwrap();
+    watch
+}
+
+/// No endpoint.
+struct Nothing;
+
+impl Endpoint for Nothing {
+    fn sources(&self) -> Vec<Source> {
+        Vec::new()
     }
+    fn transmit(&mut self, _: &VnetHeader, _: Frame<'_, '_>) -> Sent {
+        Sent::Done
+    }
+    fn waiting(&mut self) -> Option<usize> {
+        None
+    }
+    fn receive(&mut self, _: Frame<'_, '_>) -> Received {
+        Received::Nothing
+    }
+    fn drop_next(&mut self) {}
 }
 
 pub struct Rx(Vec<u8>);
@@ -180,6 +210,13 @@ impl Guest {
         let handle = nat.handle();
         let sockets = SocketSet::new(Vec::new());
         Self { link, nat, handle, iface, sockets, next_port: 50000, buffer: 128 << 10 }
+    }
+
+    /// The card is taken out and put in again.
+    pub fn reopen(&mut self) {
+        self.link.close();
+        let receive = self.link.receive;
+        self.link = Link::new(&mut self.nat, receive);
     }
 
     /// One round: everybody does what can be done. Waits a moment if nothing happened.
