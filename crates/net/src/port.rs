@@ -90,6 +90,24 @@ pub trait Port: Send + fmt::Debug {
     fn stats(&self) -> Arc<PortStats>;
 }
 
+impl<P: Port + ?Sized> Port for Box<P> {
+    fn info(&self) -> PortInfo {
+        (**self).info()
+    }
+
+    fn open(&mut self, setup: &Setup) -> Result<Vec<Box<dyn Endpoint>>> {
+        (**self).open(setup)
+    }
+
+    fn reset(&mut self) {
+        (**self).reset();
+    }
+
+    fn stats(&self) -> Arc<PortStats> {
+        (**self).stats()
+    }
+}
+
 /// What became of a frame that was transmitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sent {
