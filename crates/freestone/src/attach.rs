@@ -50,8 +50,13 @@ impl Attached {
             cli::Transport::Pci => Transport::Pci,
             cli::Transport::Mmio => Transport::Mmio,
         };
-        let mut attached =
-            Self { plugs: Vec::new(), controls: Controls::default(), console: None, pumps: Vec::new(), transport };
+        let mut attached = Self {
+            plugs: Vec::new(),
+            controls: Controls::default(),
+            console: None,
+            pumps: Vec::new(),
+            transport,
+        };
         net::check(&args.nets)?;
         room(args)?;
         attached.disks(args)?;

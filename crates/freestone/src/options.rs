@@ -142,7 +142,9 @@ mod tests {
         let both = options.each(&["a", "b"], |key, text| Ok(format!("{key}{text}"))).unwrap();
         assert_eq!(both, ["a1", "b2", "a3"]);
         assert!(options.has("c") && !options.has("a"));
-        assert!(Options::parse_repeated("c=1,c=2", None, &["a"]).unwrap_err().contains("\"c\" is given twice"));
+        assert!(
+            Options::parse_repeated("c=1,c=2", None, &["a"]).unwrap_err().contains("\"c\" is given twice")
+        );
         let mut options = Options::parse_repeated("a=1,a=x", None, &["a"]).unwrap();
         assert!(options.each(&["a"], |_, text| number(text)).unwrap_err().contains("a=x: not a number"));
     }

@@ -7,10 +7,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use freestone_kvm::Kvm;
+use freestone_vmm::bus::{self, ThreadSpawner};
 use freestone_vmm::devices::{I8042Plug, PciRootPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug};
 use freestone_vmm::loader;
 use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
-use freestone_vmm::bus::{self, ThreadSpawner};
 use freestone_vmm::{ExitReason, FileSource, MachineBuilder, Payload};
 
 use crate::attach::Attached;
@@ -18,8 +18,8 @@ use crate::cli::{ConsoleKind, MemoryBacking, Protocol, Run, Transport};
 use crate::console::{Console, FollowSize};
 use crate::control::ControlServer;
 use crate::failure::{FAILURE, Failure};
-use crate::signals::StopOnSignal;
 use crate::net::{Pump, Threads};
+use crate::signals::StopOnSignal;
 use crate::{size, stats};
 
 /// Runs a machine until it ends.

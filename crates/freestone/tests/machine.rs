@@ -28,7 +28,8 @@ fn built_in_guest(transport: &str, place: &str) {
     let dir = tempfile::tempdir().unwrap();
     File::create(dir.path().join("disk.img")).unwrap().set_len(4 << 20).unwrap();
     File::create(dir.path().join("pmem.img")).unwrap().set_len(2 << 20).unwrap();
-    let args = "--disk disk.img,ro --rng --balloon --vsock v.sock --pmem pmem.img --memory-hotplug 256M --net user";
+    let args =
+        "--disk disk.img,ro --rng --balloon --vsock v.sock --pmem pmem.img --memory-hotplug 256M --net user";
     let args: Vec<_> = ["run", "--transport", transport].into_iter().chain(args.split(' ')).collect();
     let output = freestone(dir.path(), &args).output().unwrap();
     let said = said(&output);

@@ -116,7 +116,11 @@ fn network_cards_that_exclude_one_another_are_usage_errors() {
     ] {
         refused(&["run", "--net", one, "--net", other], 2, &[part]);
     }
-    refused(&["run", "--transport", "mmio"].into_iter().chain(["--net", "user"].repeat(19)).collect::<Vec<_>>(), 2, &["20 virtio devices"]);
+    refused(
+        &["run", "--transport", "mmio"].into_iter().chain(["--net", "user"].repeat(19)).collect::<Vec<_>>(),
+        2,
+        &["20 virtio devices"],
+    );
 }
 
 #[test]
@@ -127,7 +131,7 @@ fn networks_that_the_host_does_not_give_are_named_with_the_reason() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let host = taken.local_addr().unwrap();
     let net = format!("user,hostfwd=tcp:{host}-:22");
-    refused(&["run", "--net", &net], 1, &[&format!("tcp:{host}"), "in use"]);
+    refused(&["run", "--net", &net], 1, &[&host.to_string(), "in use"]);
     refused(&["run", "--net", "user,pcap=/nonexistent/a.pcap"], 1, &["/nonexistent/a.pcap", "No such file"]);
     refused(&["run", "--net", "stream=/nonexistent/s,reconnect=off"], 1, &["/nonexistent/s", "No such file"]);
     refused(&["run", "--net", "tap,fd=99"], 1, &["descriptor 99", "Bad file descriptor"]);
@@ -143,7 +147,14 @@ fn a_tap_that_this_user_may_not_open_is_refused_with_what_to_do() {
     let program = env!("CARGO_BIN_EXE_freestone");
     let mut command = Command::new("setpriv");
     let output = command
-        .args(["--bounding-set=-net_admin", "--inh-caps=-net_admin", program, "run", "--net", "tap=fs-no-tap"])
+        .args([
+            "--bounding-set=-net_admin",
+            "--inh-caps=-net_admin",
+            program,
+            "run",
+            "--net",
+            "tap=fs-no-tap",
+        ])
         .stdin(Stdio::null())
         .output();
     let Ok(output) = output else { return freestone_testkit::skip(test, "there is no setpriv") };
@@ -194,7 +205,17 @@ fn help_and_version_succeed_on_standard_output() {
         assert!(!output.stdout.contains(&0x1b), "{args:?}: colours are for terminals");
     }
     let help = String::from_utf8(freestone(&["run", "--help"]).stdout).unwrap();
-    for part in ["--kernel", "--disk", "--transport", "--net", "hostfwd=", "--rng", "--vsock", "Examples:", "Exit status:"] {
+    for part in [
+        "--kernel",
+        "--disk",
+        "--transport",
+        "--net",
+        "hostfwd=",
+        "--rng",
+        "--vsock",
+        "Examples:",
+        "Exit status:",
+    ] {
         assert!(help.contains(part), "{part}");
     }
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use freestone_vmm::bus::{Pollable, Progress, Registration, Source, Spawn, ThreadSpawner, Work};
 use freestone_vmm::net::nat::Nat;
+use freestone_vmm::net::pcap::{Capture, Pcap};
 use freestone_vmm::net::stream::{StreamOptions, StreamPort};
 use freestone_vmm::net::switch::{NamedSwitch, PortOptions};
 use freestone_vmm::net::tap::{Tap, TapOptions};
@@ -68,10 +69,16 @@ pub(crate) fn check(specs: &[NetSpec]) -> Result<(), Failure> {
         _ => Vec::new(),
     };
     once("tap", specs.iter().flat_map(taps))?;
-    once("hostfwd", specs.iter().flat_map(|spec| match &spec.kind {
-        Kind::User(config) => config.forwards.iter().filter(|f| f.host.port() != 0).collect(),
-        _ => Vec::new(),
-    }).map(|forward| format!("{}:{}", forward.protocol, forward.host)))
+    once(
+        "hostfwd",
+        specs
+            .iter()
+            .flat_map(|spec| match &spec.kind {
+                Kind::User(config) => config.forwards.iter().filter(|f| f.host.port() != 0).collect(),
+                _ => Vec::new(),
+            })
+            .map(|forward| format!("{}:{}", forward.protocol, forward.host)),
+    )
 }
 
 /// Refuses two cards with the same value of an option.
@@ -118,7 +125,14 @@ fn card(
     config.mtu = spec.mtu;
     config.rx_limiter = limiter(spec.rx.bandwidth, spec.rx.iops);
     config.tx_limiter = limiter(spec.tx.bandwidth, spec.tx.iops);
-    let device = Net::from_box(port, config)?;
+    let capture = match &spec.pcap {
+        Some(path) => Some((path.clone(), Capture::create(path, &name)?)),
+        None => None,
+    };
+    let device = match &capture {
+        Some((_, capture)) => Net::new(Pcap::new(port, capture.clone()), config)?,
+        None => Net::from_box(port, config)?,
+    };
     let handle = device.handle();
     handle.set_link(spec.link);
     let threads = spec.thread.then(|| Threads::new(&name, spec.queues)).transpose()?.map(Arc::new);
@@ -134,7 +148,7 @@ fn card(
         info,
         mtu: spec.mtu.or(info.mtu),
         queues: spec.queues,
-        pcap: spec.pcap.clone(),
+        capture,
     };
     Ok((Card { device, name, threads, pump }, nic))
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freestone_vmm::net::nat::{FlowInfo, FlowState, Forward, NatHandle};
+use freestone_vmm::net::pcap::Capture;
 use freestone_vmm::net::stream::{StreamAddr, StreamStatus};
 use freestone_vmm::net::switch::{NamedSwitch, PortId, Role, SwitchInfo, Vlan};
 use freestone_vmm::net::{self, Offloads, PortCounts, PortInfo};
@@ -36,7 +37,8 @@ pub(super) struct Nic {
     pub(super) info: PortInfo,
     pub(super) mtu: Option<u16>,
     pub(super) queues: u16,
-    pub(super) pcap: Option<PathBuf>,
+    /// The file that all frames are recorded in.
+    pub(super) capture: Option<(PathBuf, Capture)>,
 }
 
 /// What a card is plugged into.
@@ -162,7 +164,7 @@ impl Nic {
             "active_queues": self.handle.active_pairs(),
             "offloads": { "transmit": offloads(self.info.transmit), "receive": offloads(self.info.receive) },
             "limits": limits(&self.handle),
-            "pcap": self.pcap,
+            "pcap": self.capture.as_ref().map(pcap),
             "card": card(&counts, self.handle.throttled()),
             "port": port(&self.handle.port_stats().counts()),
         });
@@ -212,6 +214,11 @@ fn user(nat: &NatHandle) -> net::Result<Value> {
     }))
 }
 
+fn pcap((path, capture): &(PathBuf, Capture)) -> Value {
+    let counts = capture.counts();
+    json!({ "path": path.to_string_lossy(), "captured": counts.captured, "missed": counts.missed })
+}
+
 /// A switch as the card `id` of this process is in it.
 fn switch(name: &str, switch: &NamedSwitch, id: PortId) -> Value {
     let SwitchInfo { ports, table, counts, .. } = switch.switch().info();
@@ -221,16 +228,21 @@ fn switch(name: &str, switch: &NamedSwitch, id: PortId) -> Value {
         _ => "alone".to_owned(),
     };
     let named = |id: PortId| ports.iter().find(|port| port.id == id).map(|port| port.name.clone());
-    let table: Vec<_> = table.iter().take(MAX_TABLE).map(|entry| {
-        json!({
-            "mac": entry.mac.to_string(),
-            "vlan": entry.vlan,
-            "port": named(entry.port),
-            "age_s": entry.age.as_secs(),
+    let table: Vec<_> = table
+        .iter()
+        .take(MAX_TABLE)
+        .map(|entry| {
+            json!({
+                "mac": entry.mac.to_string(),
+                "vlan": entry.vlan,
+                "port": named(entry.port),
+                "age_s": entry.age.as_secs(),
+            })
         })
-    }).collect();
+        .collect();
     let own = ports.iter().find(|port| port.id == id);
-    let drops: Map<_, _> = counts.drops().map(|(reason, count)| (reason.name().to_owned(), count.into())).collect();
+    let drops: Map<_, _> =
+        counts.drops().map(|(reason, count)| (reason.name().to_owned(), count.into())).collect();
     json!({
         "name": name,
         "path": switch.path(),
@@ -388,7 +400,9 @@ mod tests {
     use super::*;
 
     fn forwards() -> Vec<Forward> {
-        ["tcp::2222-:22", "udp:127.0.0.1:53-:53", "tcp:[::1]:80-[fec0::15]:80"].map(|f| f.parse().unwrap()).into()
+        ["tcp::2222-:22", "udp:127.0.0.1:53-:53", "tcp:[::1]:80-[fec0::15]:80"]
+            .map(|f| f.parse().unwrap())
+            .into()
     }
 
     #[test]

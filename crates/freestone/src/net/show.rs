@@ -66,7 +66,16 @@ impl Table {
 /// All cards: a line for each, and then what there is to say of its place.
 pub(super) fn nics(view: &Value) -> String {
     let mut table = Table::new(&[
-        "id", "kind", "mac", "link", ">mtu", ">queues", ">sent", ">received", ">tx dropped", ">rx dropped",
+        "id",
+        "kind",
+        "mac",
+        "link",
+        ">mtu",
+        ">queues",
+        ">sent",
+        ">received",
+        ">tx dropped",
+        ">rx dropped",
     ]);
     for nic in list(view, "nics") {
         let link = if nic.get("link").and_then(Value::as_bool) == Some(true) { "up" } else { "down" };
@@ -123,15 +132,17 @@ fn details(nic: &Value) -> Vec<String> {
             }
         }
         lines.extend(list(user, "forwards").map(|forward| format!("forwards {}", text(forward, "/text"))));
-        lines.extend(list(user, "guest_forwards").map(|forward| format!("guest forwards {}", plain(forward))));
+        lines
+            .extend(list(user, "guest_forwards").map(|forward| format!("guest forwards {}", plain(forward))));
         lines.push(format!("{} flows", number(user, "/flows")));
     }
     let limited = limits(nic.get("limits").unwrap_or(&Value::Null));
     if limited != NO_LIMIT {
         lines.push(limited);
     }
-    if let Some(path) = nic.get("pcap").and_then(Value::as_str) {
-        lines.push(format!("recorded in {path}"));
+    if let Some(path) = nic.pointer("/pcap/path") {
+        let (captured, missed) = (number(nic, "/pcap/captured"), number(nic, "/pcap/missed"));
+        lines.push(format!("recorded in {}: {captured} frames, {missed} missed", plain(path)));
     }
     lines
 }
@@ -257,12 +268,15 @@ mod tests {
         let lines: Vec<_> = shown.lines().collect();
         assert!(lines[0].starts_with("id    kind  mac "), "{shown}");
         assert!(lines[1].starts_with("net0  user  52:54:00:12:34:56  up    1500       1  2 KiB"), "{shown}");
-        assert_eq!(lines[2..], [
-            "net0: guest 10.0.2.15/24, gateway 10.0.2.2, name server 10.0.2.3",
-            "net0: forwards tcp:0.0.0.0:22-:22",
-            "net0: 3 flows",
-            "net0: is limited to 1 MiB received a second",
-        ]);
+        assert_eq!(
+            lines[2..],
+            [
+                "net0: guest 10.0.2.15/24, gateway 10.0.2.2, name server 10.0.2.3",
+                "net0: forwards tcp:0.0.0.0:22-:22",
+                "net0: 3 flows",
+                "net0: is limited to 1 MiB received a second",
+            ]
+        );
     }
 
     #[test]
@@ -298,7 +312,9 @@ mod tests {
 
     #[test]
     fn times_are_short() {
-        for (ms, text) in [(250, "0.2s"), (9_999, "9.9s"), (61_000, "61s"), (600_000, "10m00s"), (7_260_000, "2h01m")] {
+        for (ms, text) in
+            [(250, "0.2s"), (9_999, "9.9s"), (61_000, "61s"), (600_000, "10m00s"), (7_260_000, "2h01m")]
+        {
             assert_eq!(seconds(ms), text);
         }
     }

@@ -413,7 +413,10 @@ mod tests {
         let trunk = |vlans: &[u16], native| Vlan::Trunk { allowed: vlans.iter().copied().collect(), native };
         assert_eq!(switch("switch=lan0,trunk=1+20-22").vlan, trunk(&[1, 20, 21, 22], None));
         assert_eq!(switch("switch=lan0,trunk=9,vlan=1").vlan, trunk(&[9], Some(1)));
-        assert_eq!(switch("switch=lan0,trunk=all").vlan, Vlan::Trunk { allowed: VlanSet::all(), native: None });
+        assert_eq!(
+            switch("switch=lan0,trunk=all").vlan,
+            Vlan::Trunk { allowed: VlanSet::all(), native: None }
+        );
     }
 
     #[test]

@@ -185,7 +185,8 @@ fn distinct(guest: Ipv4Addr, gateway: Ipv4Addr, dns: Ipv4Addr) -> Result<(), Str
 
 /// Refuses two forwards of one port: the second could not be made.
 fn once(forwards: &[Forward], guest_forwards: &[GuestForward]) -> Result<(), String> {
-    let mut hosts: Vec<_> = forwards.iter().filter(|f| f.host.port() != 0).map(|f| (f.protocol, f.host)).collect();
+    let mut hosts: Vec<_> =
+        forwards.iter().filter(|f| f.host.port() != 0).map(|f| (f.protocol, f.host)).collect();
     hosts.sort_unstable();
     if let Some([(_, host), _]) = hosts.windows(2).find(|pair| matches!(pair, [a, b] if a == b)) {
         return Err(format!("hostfwd: {host} is forwarded twice"));
@@ -207,9 +208,9 @@ fn name(text: &str) -> Result<String, String> {
 
 fn resolver(text: &str) -> Result<SocketAddr, String> {
     let alone = text.parse::<IpAddr>().map(|addr| SocketAddr::new(addr, DNS_PORT));
-    alone
-        .or_else(|_| text.parse())
-        .map_err(|_| "say an address, or an address and a port as 192.0.2.1:53 or [2001:db8::1]:53".to_owned())
+    alone.or_else(|_| text.parse()).map_err(|_| {
+        "say an address, or an address and a port as 192.0.2.1:53 or [2001:db8::1]:53".to_owned()
+    })
 }
 
 fn rule(key: &str, text: &str) -> Result<Rule, String> {
@@ -278,11 +279,10 @@ mod tests {
         let ipv4 = config.ipv4.unwrap();
         assert_eq!((ipv4.guest, ipv4.gateway, ipv4.dns), (v4("10.9.0.77"), v4("10.9.0.1"), v4("10.9.0.9")));
         let ipv6 = config.ipv6.unwrap();
-        assert_eq!([ipv6.prefix, ipv6.gateway, ipv6.dns].map(|a| a.to_string()), [
-            "fd00:1::",
-            "fd00:1::1",
-            "fd00:1::9"
-        ]);
+        assert_eq!(
+            [ipv6.prefix, ipv6.gateway, ipv6.dns].map(|a| a.to_string()),
+            ["fd00:1::", "fd00:1::1", "fd00:1::9"]
+        );
         assert_eq!(user("user,guest=10.0.2.99").unwrap().ipv4.unwrap().guest, v4("10.0.2.99"));
     }
 
@@ -316,7 +316,10 @@ mod tests {
         let config =
             user("user,hostname=vm1,domainname=example.org,resolver=192.0.2.1,resolver=[2001:db8::1]:5353,max-tcp=10,max-udp=20")
                 .unwrap();
-        assert_eq!((config.hostname.as_deref(), config.domain.as_deref()), (Some("vm1"), Some("example.org")));
+        assert_eq!(
+            (config.hostname.as_deref(), config.domain.as_deref()),
+            (Some("vm1"), Some("example.org"))
+        );
         let servers: Vec<_> = config.name_servers.iter().map(ToString::to_string).collect();
         assert_eq!(servers, ["192.0.2.1:53", "[2001:db8::1]:5353"]);
         assert_eq!((config.limits.tcp_flows, config.limits.udp_flows), (10, 20));
