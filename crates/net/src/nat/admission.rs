@@ -1,6 +1,14 @@
-//! [`Admission`]: how many new things there may be in a second.
+//! How many new things there may be in a second: [`Admission`]; and how many at once: [`share_of_files`].
 
 use std::time::{Duration, Instant};
+
+use rustix::process::{Resource, getrlimit};
+
+/// One of `parts` of the files that this process may have open: beyond it, one part of a NAT would take them from all others.
+pub(super) fn share_of_files(parts: u64) -> usize {
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(files.checked_div(parts).unwrap_or(files)).unwrap_or(usize::MAX)
+}
 
 /// A token bucket of one second's worth. Each part has its own.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +62,13 @@ mod tests {
         assert_eq!(admitted(600), 5);
         assert_eq!(admitted(500), 0, "time that goes back adds nothing");
         assert_eq!(admitted(3_600_000), 10);
+    }
+
+    #[test]
+    fn a_share_is_part_of_what_there_is() {
+        let all = share_of_files(1);
+        assert!(all > 0 && share_of_files(8) <= all.div_ceil(8));
+        assert_eq!(share_of_files(0), all);
     }
 
     #[test]

@@ -47,6 +47,8 @@ pub(super) struct Link {
     pub(super) advertise: Option<Instant>,
     /// The identification of the last packet that was cut into fragments.
     pub(super) packet_id: u32,
+    /// The first name server of the host, as the DNS proxy found it last.
+    pub(super) name_server: Option<SocketAddr>,
     /// How many ICMP errors the machine may be told.
     pub(super) errors: Admission,
 }
@@ -62,6 +64,7 @@ impl Default for Link {
             guest_v6: None,
             advertise: None,
             packet_id: 0,
+            name_server: None,
             errors: Admission::new(ERRORS),
         }
     }

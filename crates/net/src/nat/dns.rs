@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::net::{RecvFlags, SendFlags};
 
-use super::admission::Admission;
+use super::admission::{Admission, share_of_files};
 use super::context::{Context, Kind, Ready};
 use super::flows::Flows;
 use super::{NatConfig, emit};
@@ -21,8 +21,9 @@ use crate::Frame;
 /// The port of name servers.
 pub(super) const PORT: u16 = 53;
 
-/// Queries that wait for an answer.
+/// Queries that wait for an answer, and one of how many files of the process one may be.
 const MAX_QUERIES: usize = 256;
+const FILES: u64 = 16;
 /// The largest query; they are far smaller.
 const MOST: usize = 1500;
 /// Bytes of the header (RFC 1035, section 4.1.1).
@@ -50,6 +51,7 @@ pub(super) struct Dns {
     /// In the order of their last attempt.
     queries: Flows<Query>,
     by_guest: HashMap<(SocketAddr, u16), u32>,
+    max_queries: usize,
 }
 
 #[derive(Debug)]
@@ -80,7 +82,7 @@ pub(super) fn server(cx: &Context<'_>) -> Option<SocketAddr> {
     if cx.config.restrict {
         return None;
     }
-    Servers::new(RESOLV_CONF.into()).current(cx.config, cx.now).first().copied()
+    cx.config.name_servers.first().copied().or(cx.link.name_server)
 }
 
 /// Whether the NAT's name server is at this address.
@@ -98,7 +100,12 @@ impl Dns {
     }
 
     fn with_file(path: PathBuf) -> Self {
-        Self { servers: Servers::new(path), queries: Flows::new(Kind::Dns), by_guest: HashMap::new() }
+        Self {
+            servers: Servers::new(path),
+            queries: Flows::new(Kind::Dns),
+            by_guest: HashMap::new(),
+            max_queries: share_of_files(FILES).min(MAX_QUERIES),
+        }
     }
 
     /// Passes on a query of the machine.
@@ -133,7 +140,7 @@ impl Dns {
             }
             self.forget((guest, id));
         }
-        if self.queries.len() >= MAX_QUERIES || !admission.admit(cx.now) {
+        if self.queries.len() >= self.max_queries || !admission.admit(cx.now) {
             return cx.stats.limited();
         }
         self.ask(cx, guest, server, message, 0, cx.now);
@@ -155,7 +162,7 @@ impl Dns {
         mut attempts: usize,
         began: Instant,
     ) {
-        let servers = self.servers.current(cx.config, cx.now);
+        let servers = self.servers.current(cx.config, cx.now).to_vec();
         for _ in 0..servers.len() {
             let Some(to) = attempts.checked_rem(servers.len()).and_then(|at| servers.get(at)) else { break };
             attempts += 1;
@@ -221,8 +228,9 @@ impl Dns {
         }
     }
 
-    /// Asks the next server where one took too long; returns when that may be again.
+    /// Looks who the name servers are, and asks the next one where one took too long; returns when that may be again.
     pub(super) fn timers(&mut self, cx: &mut Context<'_>) -> Option<Instant> {
+        cx.link.name_server = self.servers.current(cx.config, cx.now).first().copied();
         // Each query is asked again once at most.
         for _ in 0..self.queries.len() {
             let (index, query) = self.queries.oldest()?;
@@ -269,7 +277,7 @@ fn question_end(query: &[u8]) -> Option<usize> {
     None
 }
 
-/// The name servers of the host.
+/// The name servers of the host. Found at once, while the file is there: a process that locks itself in later keeps what it found.
 #[derive(Debug)]
 struct Servers {
     path: PathBuf,
@@ -281,26 +289,36 @@ struct Servers {
 
 impl Servers {
     fn new(path: PathBuf) -> Self {
-        Self { path, found: Vec::new(), looked: None, modified: None }
+        // What resolv.conf(5) says is meant if it names none.
+        let found = vec![SocketAddr::new(Ipv4Addr::LOCALHOST.into(), PORT)];
+        let mut servers = Self { path, found, looked: None, modified: None };
+        servers.look();
+        servers
+    }
+
+    /// Reads the file if it is another than before.
+    fn look(&mut self) {
+        let Ok(modified) = std::fs::metadata(&self.path).and_then(|meta| meta.modified()) else { return };
+        if self.modified.replace(modified) != Some(modified)
+            && let Ok(text) = read(&self.path)
+        {
+            self.found = parse(&text);
+            if self.found.is_empty() {
+                self.found.push(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), PORT));
+            }
+        }
     }
 
     /// Those that were configured, or those of the file.
-    fn current(&mut self, config: &NatConfig, now: Instant) -> Vec<SocketAddr> {
+    fn current<'a>(&'a mut self, config: &'a NatConfig, now: Instant) -> &'a [SocketAddr] {
         if !config.name_servers.is_empty() {
-            return config.name_servers.clone();
+            return &config.name_servers;
         }
         if self.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= LOOK) {
-            let modified = std::fs::metadata(&self.path).and_then(|meta| meta.modified()).ok();
-            if self.looked.is_none() || modified != self.modified {
-                self.found = read(&self.path).map(|text| parse(&text)).unwrap_or_default();
-                if self.found.is_empty() {
-                    // What resolv.conf(5) says is meant then.
-                    self.found.push(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), PORT));
-                }
-            }
-            (self.looked, self.modified) = (Some(now), modified);
+            self.looked = Some(now);
+            self.look();
         }
-        self.found.clone()
+        &self.found
     }
 }
 

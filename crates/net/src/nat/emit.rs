@@ -250,7 +250,7 @@ mod tests {
     };
 
     use super::super::fragment::Reassembly;
-    use super::super::test_context::{GUEST, World};
+    use super::super::test_context::{GUEST, World, pattern};
     use super::*;
 
     fn checked_udp(packet: &[u8], from: SocketAddr, to: SocketAddr) -> Vec<u8> {
@@ -305,7 +305,7 @@ mod tests {
             let (from, to): (SocketAddr, SocketAddr) = (from.parse().unwrap(), to.parse().unwrap());
             let header = if from.is_ipv4() { IPV4 } else { IPV6 };
             for len in [1452, 1453, 1472, 1473, 4000, most] {
-                let payload: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
+                let payload = pattern(0, len);
                 assert!(udp(&mut world.cx(), from, to, &payload), "{from} {len}");
                 let frames = world.frames();
                 assert!(frames.iter().all(|frame| frame.len() <= ETHERNET + 1500));

@@ -156,7 +156,7 @@ impl Datagram {
             _ => 1,
         };
         let odd = fragment.data.len() < shortest
-            || fragment.more && fragment.data.len() % 8 != 0
+            || fragment.more && !fragment.data.len().is_multiple_of(8)
             || end + counted > usize::from(u16::MAX)
             || self.len.is_some_and(|len| end > len)
             || !fragment.more && (self.len.is_some() || self.data.len() > end);
@@ -314,6 +314,7 @@ mod tests {
     use proptest::prelude::*;
     use smoltcp::wire::{Ipv4Packet, Ipv6Packet};
 
+    use super::super::test_context::pattern;
     use super::*;
 
     const UDP: u8 = protocol::UDP;
@@ -326,7 +327,7 @@ mod tests {
         let mut packet =
             vec![0x45, 0, total[0], total[1], id[0], id[1], field[0], field[1], 64, UDP, 0, 0, 10, 0, 2, 15];
         packet.extend_from_slice(&[192, 0, 2, 1]);
-        packet.extend((offset..offset + len).map(|at| (at % 251) as u8));
+        packet.extend(pattern(offset, len));
         packet
     }
 
@@ -340,12 +341,12 @@ mod tests {
         packet.extend_from_slice(&[UDP, 0]);
         packet.extend_from_slice(&(u16::try_from(offset).unwrap() | u16::from(more)).to_be_bytes());
         packet.extend_from_slice(&id.to_be_bytes());
-        packet.extend((offset..offset + len).map(|at| (at % 251) as u8));
+        packet.extend(pattern(offset, len));
         packet
     }
 
     fn bytes(len: usize) -> Vec<u8> {
-        (0..len).map(|at| (at % 251) as u8).collect()
+        pattern(0, len)
     }
 
     fn take(reassembly: &mut Reassembly, packets: &[Vec<u8>]) -> Vec<Vec<u8>> {

@@ -9,7 +9,7 @@ use std::time::Instant;
 use rustix::net::{RecvFlags, SendFlags};
 use smoltcp::wire::checksum;
 
-use super::admission::Admission;
+use super::admission::{Admission, share_of_files};
 use super::context::{Context, Kind, Ready};
 use super::emit::{self, Header, IPV4, IPV6, UDP, protocol};
 use super::flows::Flows;
@@ -31,9 +31,13 @@ const ECHO: usize = 8;
 const SHOWN_V4: usize = 576 - IPV4 - 8;
 const SHOWN_V6: usize = 1280 - IPV6 - 8;
 
+/// One of so many files of the process may be a flow.
+const FILES: u64 = 64;
 /// Messages that are read of one socket before it is the next one's turn, and in all.
 const BATCH: usize = 8;
 const STEP: usize = 64;
+/// Room that must be there before a message is read: 64 KiB in fragments of the smallest MTU.
+const ROOM: (usize, usize) = (56, 72 << 10);
 
 /// Why a packet does not arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,6 +155,7 @@ pub(super) struct Icmp {
     flows: Flows<Flow>,
     by_key: HashMap<Key, u32>,
     admission: Option<Admission>,
+    max_flows: usize,
     buffer: Vec<u8>,
 }
 
@@ -175,7 +180,13 @@ struct Flow {
 
 impl Icmp {
     pub(super) fn new() -> Self {
-        Self { flows: Flows::new(Kind::Icmp), by_key: HashMap::new(), admission: None, buffer: Vec::new() }
+        Self {
+            flows: Flows::new(Kind::Icmp),
+            by_key: HashMap::new(),
+            admission: None,
+            max_flows: share_of_files(FILES),
+            buffer: Vec::new(),
+        }
     }
 
     /// Takes an ICMP message, or an ICMPv6 one that is not of neighbour discovery. Echo requests to the NAT are answered, others
@@ -245,11 +256,12 @@ impl Icmp {
         }
         let limits = &cx.config.limits;
         let admission = self.admission.get_or_insert_with(|| Admission::new(limits.new_flows));
-        if limits.icmp_flows == 0 || !admission.admit(cx.now) {
+        let most = limits.icmp_flows.min(self.max_flows);
+        if most == 0 || !admission.admit(cx.now) {
             cx.stats.limited();
             return Err(None);
         }
-        while self.flows.len() >= limits.icmp_flows {
+        while self.flows.len() >= most {
             self.close_oldest();
         }
         let made = self.flows.insert(|token| {
@@ -282,22 +294,25 @@ impl Icmp {
         }
     }
 
-    /// Something happened at a socket: reads it, as far as there is room.
-    pub(super) fn ready(&mut self, cx: &mut Context<'_>, ready: Ready) {
+    /// Something happened at a socket; [`timers`](Self::timers) reads it, as far as there is room.
+    pub(super) fn ready(&mut self, _: &mut Context<'_>, ready: Ready) {
         if let Some(index) = self.flows.at(ready.token).filter(|_| ready.readable) {
             self.flows.set_readable(index);
-            self.pump(cx);
         }
     }
 
-    /// Reads replies while there is room for them, a bounded number. Returns whether more wait: call again when frames left.
-    pub(super) fn pump(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Reads replies while there is room for them, a bounded number. Returns whether more may wait for which there is room.
+    fn pump(&mut self, cx: &mut Context<'_>) -> bool {
         self.buffer.resize(usize::from(u16::MAX), 0);
         let mut left = STEP;
-        while left > 0 && cx.out.has_room_for(64, 128 << 10) {
+        while left > 0 && cx.out.has_room_for(ROOM.0, ROOM.1) {
             let Some(index) = self.flows.next_readable() else { return false };
             let mut more = true;
+            self.flows.touch(index);
             for _ in 0..BATCH {
+                if !cx.out.has_room_for(ROOM.0, ROOM.1) {
+                    break;
+                }
                 left = left.saturating_sub(1);
                 let Some(flow) = self.flows.get_mut(index) else { break };
                 let got = rustix::net::recv(&flow.socket, self.buffer.as_mut_slice(), RecvFlags::DONTWAIT);
@@ -326,21 +341,24 @@ impl Icmp {
                     }
                 }
             }
-            self.flows.touch(index);
             if more {
                 self.flows.set_readable(index);
             }
         }
-        self.flows.has_readable()
+        self.flows.has_readable() && cx.out.has_room_for(ROOM.0, ROOM.1)
     }
 
-    /// Ends flows that were idle too long; returns when the next one will be.
+    /// Called in each step, after what was ready and whenever frames left: reads replies while there is room, ends flows that were
+    /// idle too long. Returns when there will be more to do without an event.
     pub(super) fn timers(&mut self, cx: &mut Context<'_>) -> Option<Instant> {
+        if self.pump(cx) {
+            return Some(cx.now);
+        }
         loop {
             let (index, flow) = self.flows.oldest()?;
-            let end = flow.last + cx.config.limits.udp_idle;
-            if end > cx.now {
-                return Some(end);
+            let end = flow.last.checked_add(cx.config.limits.udp_idle);
+            if end.is_none_or(|end| end > cx.now) {
+                return end;
             }
             self.close(index);
         }

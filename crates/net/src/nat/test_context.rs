@@ -8,8 +8,14 @@ use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemoryBackend};
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{
+    EthernetFrame, EthernetProtocol, Icmpv4Packet, Icmpv6Packet, Ipv4Packet, Ipv4Repr, Ipv6Packet, UdpPacket,
+    UdpRepr,
+};
 
 use super::context::{Context, Link, Poll, Ready};
+use super::icmp::Why;
 use super::outbox::Outbox;
 use super::{Dial, NatConfig, NatStats};
 use crate::{Frame, MacAddr};
@@ -155,4 +161,67 @@ impl World {
     pub(super) fn count(&self, name: &str) -> u64 {
         self.stats.counts().named().into_iter().find(|(other, _)| *other == name).unwrap().1
     }
+}
+
+/// `len` bytes of a sequence that hardly repeats, from `start` on.
+pub(super) fn pattern(start: usize, len: usize) -> Vec<u8> {
+    (0..=250).cycle().skip(start % 251).take(len).collect()
+}
+
+/// An answer of the NAT, taken apart by somebody else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Datagram {
+    pub(super) from: SocketAddr,
+    pub(super) to: SocketAddr,
+    pub(super) payload: Vec<u8>,
+}
+
+/// The UDP datagram in a frame for the machine, checked.
+pub(super) fn datagram(frame: &[u8]) -> Datagram {
+    let (from, to, protocol, payload) = packet(frame);
+    assert_eq!(protocol, 17);
+    let udp = UdpPacket::new_checked(payload.as_slice()).unwrap();
+    let repr = UdpRepr::parse(&udp, &from.into(), &to.into(), &ChecksumCapabilities::default()).unwrap();
+    Datagram {
+        from: SocketAddr::new(from, repr.src_port),
+        to: SocketAddr::new(to, repr.dst_port),
+        payload: udp.payload().to_vec(),
+    }
+}
+
+/// Addresses, protocol and payload of the IP packet in a frame for the machine, checked.
+pub(super) fn packet(frame: &[u8]) -> (IpAddr, IpAddr, u8, Vec<u8>) {
+    let frame = EthernetFrame::new_checked(frame).unwrap();
+    match frame.ethertype() {
+        EthernetProtocol::Ipv4 => {
+            let ip = Ipv4Packet::new_checked(frame.payload()).unwrap();
+            Ipv4Repr::parse(&ip, &ChecksumCapabilities::default()).unwrap();
+            (ip.src_addr().into(), ip.dst_addr().into(), ip.next_header().into(), ip.payload().to_vec())
+        }
+        _ => {
+            let ip = Ipv6Packet::new_checked(frame.payload()).unwrap();
+            (ip.src_addr().into(), ip.dst_addr().into(), ip.next_header().into(), ip.payload().to_vec())
+        }
+    }
+}
+
+/// Why the machine is told that a packet does not arrive, by whom, and what of the packet it is shown.
+pub(super) fn unreachable(frame: &[u8]) -> (Why, IpAddr, Vec<u8>) {
+    let (from, to, _, message) = packet(frame);
+    let why = match (from, to, message.as_slice()) {
+        (IpAddr::V4(_), _, [3, code, ..]) => {
+            assert!(Icmpv4Packet::new_checked(message.as_slice()).unwrap().verify_checksum());
+            [(0, Why::Network), (1, Why::Host), (3, Why::Port), (13, Why::Prohibited)]
+                .iter()
+                .find(|of| of.0 == *code)
+        }
+        (IpAddr::V6(from), IpAddr::V6(to), [1, code, ..]) => {
+            assert!(Icmpv6Packet::new_checked(message.as_slice()).unwrap().verify_checksum(&from, &to));
+            [(0, Why::Network), (3, Why::Host), (4, Why::Port), (1, Why::Prohibited)]
+                .iter()
+                .find(|of| of.0 == *code)
+        }
+        _ => None,
+    };
+    (why.unwrap().1, from, message[8..].to_vec())
 }

@@ -13,7 +13,7 @@ use std::time::Instant;
 use freestone_memory::io::send_vectored;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, sockopt};
 
-use super::admission::Admission;
+use super::admission::{Admission, share_of_files};
 use super::context::{Context, Kind, Ready, Token};
 use super::dns::Dns;
 use super::flows::Flows;
@@ -23,6 +23,8 @@ use crate::{Error, Frame, Result};
 
 /// The largest datagram, and one byte.
 const BUFFER: usize = 1 << 16;
+/// One of so many files of the process may be a flow.
+const FILES: u64 = 8;
 /// Datagrams that are read of one socket before it is the next one's turn, and in all in one step.
 const BATCH: usize = 16;
 const STEP: usize = 256;
@@ -43,6 +45,7 @@ pub(super) struct Udp {
     forwards: Flows<Listening>,
     dns: Dns,
     admission: Option<Admission>,
+    max_flows: usize,
     buffer: Vec<u8>,
 }
 
@@ -84,6 +87,7 @@ impl Udp {
             forwards: Flows::new(Kind::Forward),
             dns: Dns::new(),
             admission: None,
+            max_flows: share_of_files(FILES),
             buffer: vec![0; BUFFER],
         }
     }
@@ -166,11 +170,12 @@ impl Udp {
     fn admit(&mut self, cx: &mut Context<'_>) -> bool {
         let limits = &cx.config.limits;
         let admission = self.admission.get_or_insert_with(|| Admission::new(limits.new_flows));
-        if limits.udp_flows == 0 || !admission.admit(cx.now) {
+        let most = limits.udp_flows.min(self.max_flows);
+        if most == 0 || !admission.admit(cx.now) {
             cx.stats.limited();
             return false;
         }
-        while self.flows.len() >= limits.udp_flows
+        while self.flows.len() >= most
             && let Some((oldest, _)) = self.flows.oldest()
         {
             self.close(oldest);
@@ -223,7 +228,7 @@ impl Udp {
         self.flows.touch(index);
     }
 
-    /// Something happened at a socket; [`pump`](Self::pump) reads it.
+    /// Something happened at a socket; [`timers`](Self::timers) reads it, as far as there is room.
     pub(super) fn ready(&mut self, cx: &mut Context<'_>, ready: Ready) {
         if !ready.readable {
             return;
@@ -244,9 +249,9 @@ impl Udp {
         }
     }
 
-    /// Reads datagrams of the host while there is room for them, a bounded number. Returns whether more wait: call again when
-    /// frames left.
-    pub(super) fn pump(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Reads datagrams of the host while there is room for them, a bounded number. Returns whether more may wait for which there
+    /// is room.
+    fn pump(&mut self, cx: &mut Context<'_>) -> bool {
         let mut left = STEP;
         let mut idle = false;
         while !idle && left > 0 {
@@ -262,7 +267,7 @@ impl Udp {
                 self.pump_forward(cx, index, &mut left);
             }
         }
-        self.flows.has_readable() || self.forwards.has_readable()
+        (self.flows.has_readable() || self.forwards.has_readable()) && cx.out.has_room_for(ROOM.0, ROOM.1)
     }
 
     fn next_flow(&mut self, cx: &Context<'_>) -> Option<u32> {
@@ -312,9 +317,9 @@ impl Udp {
                         self.flows.touch(flow);
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // An error about something that was sent.
-                Err(_) => {}
+                // About something that was sent.
+                Err(error) if Why::of(&error).is_some() => {}
+                Err(_) => return,
             }
             if !cx.out.has_room_for(ROOM.0, ROOM.1) {
                 break;
@@ -374,28 +379,31 @@ impl Udp {
         address.ok_or_else(|| io()(io::ErrorKind::NotFound.into()))
     }
 
-    /// Ends a forward with all that came by it; whether there was one.
-    pub(super) fn unlisten(&mut self, _: &mut Context<'_>, forward: &Forward) -> bool {
-        let Some(index) = self.forwards.find(|listening| listening.forward == *forward) else { return false };
+    /// Ends the forward of this address of the host, as [`listen`](Self::listen) returned it, with all that came by it; whether
+    /// there was one.
+    pub(super) fn unlisten(&mut self, host: SocketAddr) -> bool {
+        let Some(index) = self.forwards.find(|listening| listening.address == host) else { return false };
         let gone: Vec<_> =
             self.by_peer.iter().filter(|((of, _), _)| *of == index).map(|(_, flow)| *flow).collect();
         gone.into_iter().for_each(|flow| self.close(flow));
         self.forwards.remove(index).is_some()
     }
 
-    /// Ends flows that were idle too long, and asks name servers again; returns when there will be more to do.
+    /// Called in each step, after what was ready and whenever frames left: reads the host's datagrams while there is room for
+    /// them, ends flows that were idle too long, asks name servers again. Returns when there will be more to do without an event.
     pub(super) fn timers(&mut self, cx: &mut Context<'_>) -> Option<Instant> {
+        let more = self.pump(cx).then_some(cx.now);
         let dns = self.dns.timers(cx);
         let mut next = None;
         while let Some((index, flow)) = self.flows.oldest() {
-            let end = flow.last + cx.config.limits.udp_idle;
-            if end > cx.now {
-                next = Some(end);
+            let end = flow.last.checked_add(cx.config.limits.udp_idle);
+            if end.is_none_or(|end| end > cx.now) {
+                next = end;
                 break;
             }
             self.close(index);
         }
-        [dns, next].into_iter().flatten().min()
+        [more, dns, next].into_iter().flatten().min()
     }
 
     /// Forgets all flows and queries. Forwards stay.
