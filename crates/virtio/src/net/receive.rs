@@ -58,7 +58,7 @@ impl Turn<'_, '_, '_> {
                 break;
             }
             self.gather(len)?;
-            if self.held.is_empty() {
+            if self.held.is_empty() || self.budget == 0 {
                 return Ok(Outlet::NoRoom);
             }
             let room = Frame::new(self.room.writable()).after(HEADER_LEN);
@@ -104,16 +104,11 @@ impl Turn<'_, '_, '_> {
         let Self { rx: Some(rx), io, batch, budget, buffers, room, held, .. } = self else { return Ok(()) };
         let want = len.saturating_add(HEADER_LEN);
         let most = if io.mergeable { usize::from(rx.queue.size()) } else { 1 };
-        while (room.writable_len() as usize) < want
-            && held.len() < most
-            && room.writable().len() < MAX_SLICES
-            && *budget > 0
-        {
-            let Some(chain) = rx.queue.pop(buffers)? else { break };
-            let bytes = buffers.writable_len();
-            if held.is_empty() && (bytes as usize) < HEADER_LEN {
+        while *budget > 0 {
+            if let Some(first) = held.pop_front_if(|first| (first.bytes as usize) < HEADER_LEN) {
                 // Not even a header fits, and it would be in the way for ever.
-                rx.queue.push_used(chain, 0)?;
+                rx.queue.push_used(first.chain, 0)?;
+                room.drop_writable(first.slices, first.bytes);
                 io.count(|stats| stats.rx_useless.add(1));
                 *budget -= 1;
                 if !rx.moved(batch)? {
@@ -121,6 +116,12 @@ impl Turn<'_, '_, '_> {
                 }
                 continue;
             }
+            let enough = room.writable_len() as usize >= want || room.writable().len() >= MAX_SLICES;
+            if enough || held.len() >= most {
+                break;
+            }
+            let Some(chain) = rx.queue.pop(buffers)? else { break };
+            let bytes = buffers.writable_len();
             let slices = room.append_writable(buffers);
             held.push_back(Held { chain, bytes, slices });
         }
