@@ -146,7 +146,8 @@ pub trait Endpoint: Send {
     fn transmit(&mut self, header: &VnetHeader, frame: Frame<'_, '_>) -> Sent;
 
     /// Called after a number of frames were transmitted or received, before the worker waits or looks at other queues: the time
-    /// to answer all at once. Also called when a source was ready, before anything else.
+    /// to answer all at once. Also called when a source was ready, before anything else. It may make frames wait of which no source
+    /// tells: [`waiting`](Self::waiting) is asked once more before the worker waits.
     fn flush(&mut self) {}
 
     /// How many bytes of room the next frame for the machine needs at most; `None` if nothing waits. An endpoint that cannot know

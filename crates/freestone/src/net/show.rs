@@ -120,11 +120,11 @@ fn details(nic: &Value) -> Vec<String> {
         lines.push(format!("stream {}: {state}", text(stream, "/addr")));
     }
     if let Some(user) = nic.get("user").filter(|user| !user.is_null()) {
-        for (net, guest) in [("ipv4", "guest"), ("ipv6", "prefix")] {
+        for (net, word, addr) in [("ipv4", "guest", "/guest"), ("ipv6", "network", "/prefix")] {
             if let Some(net) = user.get(net).filter(|net| !net.is_null()) {
                 lines.push(format!(
-                    "guest {}/{}, gateway {}, name server {}",
-                    text(net, &format!("/{guest}")),
+                    "{word} {}/{}, gateway {}, name server {}",
+                    text(net, addr),
                     text(net, "/prefix_len"),
                     text(net, "/gateway"),
                     text(net, "/dns")
