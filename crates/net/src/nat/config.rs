@@ -195,7 +195,8 @@ impl NatConfig {
             }
             for addr in [net.guest, net.dns] {
                 if addr == net.gateway || !same_network(addr, net.gateway, net.prefix_len) {
-                    let reason = format!("it must be another than the gateway, in {}/{}", net.gateway, net.prefix_len);
+                    let reason =
+                        format!("it must be another than the gateway, in {}/{}", net.gateway, net.prefix_len);
                     return Err(Error::invalid("address", addr.to_string(), reason));
                 }
             }

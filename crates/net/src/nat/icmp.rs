@@ -294,15 +294,16 @@ impl Icmp {
         }
     }
 
-    /// Something happened at a socket; [`timers`](Self::timers) reads it, as far as there is room.
+    /// Something happened at a socket; [`pump`](Self::pump) reads it.
     pub(super) fn ready(&mut self, _: &mut Context<'_>, ready: Ready) {
         if let Some(index) = self.flows.at(ready.token).filter(|_| ready.readable) {
             self.flows.set_readable(index);
         }
     }
 
-    /// Reads replies while there is room for them, a bounded number. Returns whether more may wait for which there is room.
-    fn pump(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Called after what was ready and whenever frames left: reads replies while there is room for them, a bounded number. Returns
+    /// whether more may wait for which there is room.
+    pub(super) fn pump(&mut self, cx: &mut Context<'_>) -> bool {
         self.buffer.resize(usize::from(u16::MAX), 0);
         let mut left = STEP;
         while left > 0 && cx.out.has_room_for(ROOM.0, ROOM.1) {
@@ -348,12 +349,8 @@ impl Icmp {
         self.flows.has_readable() && cx.out.has_room_for(ROOM.0, ROOM.1)
     }
 
-    /// Called in each step, after what was ready and whenever frames left: reads replies while there is room, ends flows that were
-    /// idle too long. Returns when there will be more to do without an event.
+    /// Ends flows that were idle too long; returns when the next one will be.
     pub(super) fn timers(&mut self, cx: &mut Context<'_>) -> Option<Instant> {
-        if self.pump(cx) {
-            return Some(cx.now);
-        }
         loop {
             let (index, flow) = self.flows.oldest()?;
             let end = flow.last.checked_add(cx.config.limits.udp_idle);

@@ -173,11 +173,6 @@ pub(super) fn timers(cx: &mut Context<'_>) -> Option<Instant> {
     Some(next)
 }
 
-/// Tells the machine of the router, its prefix and its name server, before it asks.
-pub(super) fn advertise(cx: &mut Context<'_>) {
-    advertise_to(cx, ALL_NODES);
-}
-
 /// A router advertisement (RFC 4861, section 4.2, and RFC 8106 for names).
 fn advertise_to(cx: &mut Context<'_>, to: Ipv6Addr) {
     let Some(net) = cx.config.ipv6 else { return };

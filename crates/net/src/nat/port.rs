@@ -124,8 +124,7 @@ impl Port for Nat {
             return Err(Error::invalid("pairs of queues", setup.pairs.to_string(), "a NAT has one"));
         }
         let engine = self.shared.desk().engine.take();
-        let mut engine =
-            engine.ok_or_else(|| Error::invalid("port", "nat", "it is open already"))?;
+        let mut engine = engine.ok_or_else(|| Error::invalid("port", "nat", "it is open already"))?;
         engine.set_receive(setup.receive);
         Ok(vec![Box::new(NatEndpoint { engine: Some(engine), shared: Arc::clone(&self.shared) })])
     }

@@ -228,7 +228,7 @@ impl Udp {
         self.flows.touch(index);
     }
 
-    /// Something happened at a socket; [`timers`](Self::timers) reads it, as far as there is room.
+    /// Something happened at a socket; [`pump`](Self::pump) reads it.
     pub(super) fn ready(&mut self, cx: &mut Context<'_>, ready: Ready) {
         if !ready.readable {
             return;
@@ -249,9 +249,9 @@ impl Udp {
         }
     }
 
-    /// Reads datagrams of the host while there is room for them, a bounded number. Returns whether more may wait for which there
-    /// is room.
-    fn pump(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Called after what was ready and whenever frames left: reads the host's datagrams while there is room for them, a bounded
+    /// number. Returns whether more may wait for which there is room.
+    pub(super) fn pump(&mut self, cx: &mut Context<'_>) -> bool {
         let mut left = STEP;
         let mut idle = false;
         while !idle && left > 0 {
@@ -389,10 +389,8 @@ impl Udp {
         self.forwards.remove(index).is_some()
     }
 
-    /// Called in each step, after what was ready and whenever frames left: reads the host's datagrams while there is room for
-    /// them, ends flows that were idle too long, asks name servers again. Returns when there will be more to do without an event.
+    /// Ends flows that were idle too long, and asks name servers again; returns when there will be more to do.
     pub(super) fn timers(&mut self, cx: &mut Context<'_>) -> Option<Instant> {
-        let more = self.pump(cx).then_some(cx.now);
         let dns = self.dns.timers(cx);
         let mut next = None;
         while let Some((index, flow)) = self.flows.oldest() {
@@ -403,7 +401,7 @@ impl Udp {
             }
             self.close(index);
         }
-        [more, dns, next].into_iter().flatten().min()
+        [dns, next].into_iter().flatten().min()
     }
 
     /// Forgets all flows and queries. Forwards stay.

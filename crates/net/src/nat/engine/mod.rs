@@ -40,8 +40,8 @@ pub(super) struct Engine {
     udp: Udp,
     icmp: Icmp,
     reassembly: Reassembly,
-    /// As they were asked for, and with the ports that the host chose.
-    forwards: Vec<(Forward, Forward)>,
+    /// With the ports that the host chose.
+    forwards: Vec<Forward>,
     /// What may be left undone in frames for the machine.
     receive: Offloads,
     events: Vec<Ready>,
@@ -74,11 +74,8 @@ impl Engine {
     ) -> Result<Self> {
         let io = |error: io::Error| Error::io("prepare to watch the sockets of a NAT")(error);
         let poll = Poll::new().map_err(io)?;
-        let timer = timerfd_create(
-            TimerfdClockId::Monotonic,
-            TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
-        )
-        .map_err(|error| io(error.into()))?;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)
+            .map_err(|error| io(error.into()))?;
         let token = |kind| Token { kind, generation: 0, index: 0 };
         poll.add_readable(&timer, token(Kind::Timer)).map_err(io)?;
         poll.add_readable(wake, token(Kind::Wake)).map_err(io)?;
@@ -155,10 +152,8 @@ impl Engine {
         }
         let Parts { mut cx, tcp, udp, icmp, .. } = self.parts();
         let cx = &mut cx;
-        let mut next = [tcp.timers(cx), udp.timers(cx), icmp.timers(cx), link::timers(cx)]
-            .into_iter()
-            .flatten()
-            .min();
+        let mut next =
+            [tcp.timers(cx), udp.timers(cx), icmp.timers(cx), link::timers(cx)].into_iter().flatten().min();
         more |= tcp.flush(cx);
         let datagrams = udp.pump(cx) | icmp.pump(cx);
         // While frames wait, whoever takes them comes back here.
@@ -270,28 +265,27 @@ impl Engine {
             Protocol::Udp => udp.listen(&mut cx, forward)?,
         };
         let made = Forward { host, ..*forward };
-        self.forwards.push((*forward, made));
+        self.forwards.push(made);
         Ok(made)
     }
 
     /// Ends listening for the machine.
     pub(super) fn remove_forward(&mut self, protocol: Protocol, host: std::net::SocketAddr) -> Result<()> {
-        let at = self.forwards.iter().position(|(_, made)| made.protocol == protocol && made.host == host);
+        let at = self.forwards.iter().position(|made| made.protocol == protocol && made.host == host);
         let Some(at) = at else {
             return Err(Error::invalid("forward", host.to_string(), "there is none at this address"));
         };
-        let (asked, _) = self.forwards.remove(at);
-        let Parts { mut cx, tcp, udp, .. } = self.parts();
+        self.forwards.remove(at);
         match protocol {
-            Protocol::Tcp => tcp.unlisten(host),
-            Protocol::Udp => udp.unlisten(&mut cx, &asked),
+            Protocol::Tcp => self.tcp.unlisten(host),
+            Protocol::Udp => self.udp.unlisten(host),
         };
         Ok(())
     }
 
     /// What it listens at for the machine.
     pub(super) fn forwards(&self) -> Vec<Forward> {
-        self.forwards.iter().map(|(_, made)| *made).collect()
+        self.forwards.clone()
     }
 
     /// All flows.

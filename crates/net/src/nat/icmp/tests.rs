@@ -49,6 +49,7 @@ fn step(world: &mut World, icmp: &mut Icmp) -> Option<Instant> {
     for ready in world.ready() {
         icmp.ready(&mut world.cx(), ready);
     }
+    icmp.pump(&mut world.cx());
     icmp.timers(&mut world.cx())
 }
 

@@ -224,7 +224,7 @@ fn a_router_solicitation_is_answered_with_the_prefix_the_mtu_and_the_name_server
 fn a_restricted_machine_is_told_of_no_name_server() {
     let mut world = talking();
     world.config.restrict = true;
-    advertise(&mut world.cx());
+    advertise_to(&mut world.cx(), ALL_NODES);
     let server = "fec0::3".parse::<Ipv6Addr>().unwrap().octets();
     assert!(!world.frame().windows(16).any(|part| part == server));
 }
@@ -261,7 +261,7 @@ fn without_a_network_there_is_nobody() {
     let mut world = World::with(|config| (config.ipv4, config.ipv6) = (None, None));
     assert_eq!(who_has(&mut world, "0.0.0.0", "10.0.2.2"), None);
     solicit(&mut world, "::", "fec0::2");
-    advertise(&mut world.cx());
+    advertise_to(&mut world.cx(), ALL_NODES);
     assert!(world.frames().is_empty());
 }
 

@@ -15,8 +15,8 @@ use super::Tcp;
 use super::flow::{Begin, Flow};
 use super::socket::Socket;
 use super::table::Key;
-use crate::nat::context::{Context, Kind, Ready, Token};
 use crate::nat::Forward;
+use crate::nat::context::{Context, Kind, Ready, Token};
 use crate::{Error, Result};
 
 /// Connections that are taken from one listener in one step.
@@ -133,17 +133,10 @@ impl Tcp {
     }
 
     /// Makes a connection to the machine for somebody who came.
-    fn accepted(
-        &mut self,
-        cx: &mut Context<'_>,
-        fd: OwnedFd,
-        peer: Option<SocketAddr>,
-        forward: &Forward,
-    ) {
+    fn accepted(&mut self, cx: &mut Context<'_>, fd: OwnedFd, peer: Option<SocketAddr>, forward: &Forward) {
         let socket = Socket::tcp(fd);
-        let key = peer
-            .and_then(|peer| cx.seen_by_guest(peer))
-            .and_then(|seen| self.key_for(cx, seen, forward));
+        let key =
+            peer.and_then(|peer| cx.seen_by_guest(peer)).and_then(|seen| self.key_for(cx, seen, forward));
         let Some(key) = key else {
             cx.stats.tcp_failed();
             socket.abort();

@@ -63,13 +63,7 @@ impl Tcp {
         }
     }
 
-    fn dial(
-        &mut self,
-        cx: &mut Context<'_>,
-        key: Key,
-        syn: &Segment,
-        target: &Target<'_>,
-    ) -> io::Result<()> {
+    fn dial(&mut self, cx: &mut Context<'_>, key: Key, syn: &Segment, target: &Target<'_>) -> io::Result<()> {
         let (socket, peer) = match target {
             Target::Addr(addr) => (Socket::tcp(cx.dial.tcp(*addr)?), Some(*addr)),
             Target::Special(GuestTarget::Addr(addr)) => (Socket::tcp(cx.dial.tcp(*addr)?), Some(*addr)),
@@ -128,7 +122,8 @@ pub(super) fn unreachable(cx: &mut Context<'_>, key: &Key, seq: Seq, why: Why) {
     let mut syn = Vec::new();
     let (from, to) = (key.guest, key.server);
     // Of TCP's header, the ports and the sequence number are all that the machine needs.
-    Header { from, to, seq, ack: Seq(0), flags: Flags::SYN, window: 0, options: None }.write(cx.link, 0, &mut syn);
+    Header { from, to, seq, ack: Seq(0), flags: Flags::SYN, window: 0, options: None }
+        .write(cx.link, 0, &mut syn);
     icmp::unreachable(cx, syn.get(ETHERNET..).unwrap_or_default(), why);
 }
 

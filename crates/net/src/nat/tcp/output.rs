@@ -106,8 +106,7 @@ impl Flow {
         let window = self.advertise(&cx.config.limits, queues.buffered);
         self.ack_due = false;
         let (from, to) = (self.key.server, self.key.guest);
-        let header =
-            Header { from, to, seq: self.nxt, ack: self.rcv_nxt, flags, window, options: None };
+        let header = Header { from, to, seq: self.nxt, ack: self.rcv_nxt, flags, window, options: None };
         queues.header.clear();
         let start = header.write(cx.link, payload, &mut queues.header);
         let headers = queues.header.len();

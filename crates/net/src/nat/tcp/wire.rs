@@ -37,7 +37,10 @@ impl Seq {
     }
 
     /// How far this is behind `other`; negative if it is before it.
-    #[expect(clippy::cast_possible_wrap, reason = "sequence numbers are compared modulo 2^32 (RFC 9293, section 3.4)")]
+    #[expect(
+        clippy::cast_possible_wrap,
+        reason = "sequence numbers are compared modulo 2^32 (RFC 9293, section 3.4)"
+    )]
     pub(super) fn since(self, other: Self) -> i32 {
         self.0.wrapping_sub(other.0) as i32
     }

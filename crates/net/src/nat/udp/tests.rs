@@ -25,7 +25,9 @@ fn step(world: &mut World, udp: &mut Udp) -> Option<Instant> {
     for ready in world.ready() {
         udp.ready(&mut world.cx(), ready);
     }
-    udp.timers(&mut world.cx())
+    let more = udp.pump(&mut world.cx());
+    let next = udp.timers(&mut world.cx());
+    if more { Some(world.now) } else { next }
 }
 
 /// Steps until there are `n` frames for the machine: the kernel delivers between sockets of one host at once.
