@@ -181,6 +181,64 @@ fn the_network_of_a_running_machine_is_shown_and_changed() {
 }
 
 #[test]
+fn machines_of_two_processes_meet_in_a_switch_and_one_waits_for_the_other_at_a_stream() {
+    if no_kvm("machines_of_two_processes_meet_in_a_switch_and_one_waits_for_the_other_at_a_stream") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (switch, stream) = (at("lan.sock"), at("stream.sock"));
+    let (listening, connecting) = (format!("stream={stream},server=on"), format!("stream={stream}"));
+    let first = Waiting::new(&["--net", &format!("switch={switch},vlan=7"), "--net", &listening]);
+    let second = Waiting::new(&["--net", &format!("switch={switch},trunk=7+9"), "--net", &connecting]);
+    let nics = |machine: &Waiting| machine.ask(&["net"])["nics"].clone();
+    let mine = nics(&second);
+    assert_eq!(
+        (&mine[0]["switch"]["role"], &mine[1]["stream"]["connected"]),
+        (&json!("connected"), &json!(true))
+    );
+    assert_eq!(mine[0]["switch"]["vlan"], "trunk of 7,9");
+    let theirs = nics(&first);
+    assert_eq!(theirs[0]["switch"]["vlan"], "7");
+    assert_ne!(theirs[0]["mac"], mine[0]["mac"], "two machines in one network have two addresses");
+    // The first has taken the second in, now or soon.
+    let met = |nics: &Value| nics[0]["switch"]["role"] == "listens, 1 connected";
+    assert!((0..1000).any(|_| met(&nics(&first))), "{theirs}");
+
+    let output = first.run(&["net", "ctl"]);
+    let said = said(&output);
+    for part in ["net0  switch", "VLAN 7", "net1  stream", "stream.sock: "] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert_eq!(first.quit(), Some(0));
+    assert_eq!(second.quit(), Some(0));
+}
+
+#[test]
+fn a_tap_is_made_and_gone_with_the_machine() {
+    let test = "a_tap_is_made_and_gone_with_the_machine";
+    if no_kvm(test) {
+        return;
+    }
+    if File::options().read(true).write(true).open("/dev/net/tun").is_err()
+        || !rustix::process::geteuid().is_root()
+    {
+        return freestone_testkit::skip(test, "no right to make a tap");
+    }
+    let machine = Waiting::new(&["--net", "tap=fs-test%d"]);
+    let nics = machine.ask(&["net"]);
+    let name = nics["nics"][0]["tap"]["name"].as_str().unwrap().to_owned();
+    let interface = Path::new("/sys/class/net").join(&name);
+    assert!(interface.exists(), "{name}");
+    let busy = machine.run(&["run", "--net", &format!("tap={name}")]);
+    let said = said(&busy);
+    assert_eq!(busy.status.code(), Some(1), "{said}");
+    assert!(said.contains(&name) && said.lines().count() == 1, "{said}");
+    assert_eq!(machine.quit(), Some(0));
+    assert!(!interface.exists());
+}
+
+#[test]
 fn forwards_come_and_go_while_a_machine_runs() {
     if no_kvm("forwards_come_and_go_while_a_machine_runs") {
         return;

@@ -192,6 +192,7 @@ fn plug(spec: &NetSpec, name: &str, mac: MacAddr) -> Result<(Box<dyn Port>, Plac
                 vlan: place.vlan.clone(),
                 isolated: place.isolated,
                 mac: Some(mac),
+                pin: place.pin,
                 max_pairs: spec.queues,
                 ..PortOptions::default()
             };

@@ -36,7 +36,7 @@ const COMMON: &[&str] = &[
 const OF_KINDS: &[(&str, &[&str])] = &[
     ("user", user::OPTIONS),
     ("tap", &["ifname", "up", "fd"]),
-    ("switch", &["vlan", "trunk", "isolated"]),
+    ("switch", &["vlan", "trunk", "isolated", "pin"]),
     ("stream", &["server", "reconnect"]),
 ];
 
@@ -118,6 +118,8 @@ pub(crate) struct SwitchSpec {
     pub(crate) vlan: Vlan,
     /// Whether isolated places do not reach one another.
     pub(crate) isolated: bool,
+    /// Whether the machine may send from its own address alone.
+    pub(crate) pin: bool,
 }
 
 /// A stream socket.
@@ -273,6 +275,7 @@ fn switch(options: &mut Options) -> Result<SwitchSpec, String> {
             (native, Some(allowed)) => Vlan::Trunk { allowed, native },
         },
         isolated: options.switch("isolated")?.unwrap_or(false),
+        pin: options.switch("pin")?.unwrap_or(false),
     })
 }
 
@@ -407,9 +410,10 @@ mod tests {
         };
         let plain = switch("switch=lan0");
         assert_eq!((plain.name.as_str(), plain.vlan), ("lan0", Vlan::Access(1)));
-        let path = switch("switch=./a,,b.sock,vlan=7,isolated=on");
+        let path = switch("switch=./a,,b.sock,vlan=7,isolated=on,pin=on");
         assert_eq!((path.name.as_str(), path.vlan), ("./a,b.sock", Vlan::Access(7)));
-        assert!(path.isolated);
+        assert!(path.isolated && path.pin);
+        assert!(!plain.isolated && !plain.pin);
         let trunk = |vlans: &[u16], native| Vlan::Trunk { allowed: vlans.iter().copied().collect(), native };
         assert_eq!(switch("switch=lan0,trunk=1+20-22").vlan, trunk(&[1, 20, 21, 22], None));
         assert_eq!(switch("switch=lan0,trunk=9,vlan=1").vlan, trunk(&[9], Some(1)));
@@ -471,7 +475,7 @@ mod tests {
             ("user,bandwidth=0", "bandwidth=0"),
             ("user,link=up", "link=up: say on or off"),
             ("user,frob=1", "\"frob\" is no option here; there are: net, host"),
-            ("switch=a,frob", "\"frob\" is no option here; there are: vlan, trunk, isolated, mac"),
+            ("switch=a,frob", "\"frob\" is no option here; there are: vlan, trunk, isolated, pin, mac"),
             ("user,mtu=1400,mtu=1500", "\"mtu\" is given twice"),
         ] {
             let error = spec(text).unwrap_err();
