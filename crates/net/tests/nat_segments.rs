@@ -49,7 +49,7 @@ fn frame(from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), segment: &Segment, options:
     let mut tcp = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
     tcp.extend(segment.seq.to_be_bytes());
     tcp.extend(segment.ack.to_be_bytes());
-    tcp.extend([u8::try_from(20 + options.len()).unwrap() / 4 << 4, segment.flags]);
+    tcp.extend([(u8::try_from(20 + options.len()).unwrap() / 4) << 4, segment.flags]);
     tcp.extend(segment.window.to_be_bytes());
     tcp.extend([0; 4]);
     tcp.extend(options);
