@@ -1,5 +1,7 @@
-//! A machine for tests: smoltcp's stack, which we did not write, behind an endpoint, by frames in guest memory.
+//! A machine for tests, shared by several of them: smoltcp's stack, which we did not write, behind an endpoint, by frames in guest memory.
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+// Each test uses its part.
+#![cfg_attr(test, expect(dead_code, reason = "not all tests use all of it"))]
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -252,6 +254,14 @@ impl Guest {
             assert!(start.elapsed() < DEADLINE, "never: {what}; {:?}", self.handle.counts());
             self.step();
         }
+    }
+
+    /// Asks the handle from another thread, as it has to be, and drives the machine meanwhile.
+    pub fn ask<T: Send + 'static>(&mut self, question: impl FnOnce(NatHandle) -> T + Send + 'static) -> T {
+        let handle = self.handle.clone();
+        let asker = std::thread::spawn(move || question(handle));
+        self.until("answered", |_| asker.is_finished().then_some(()));
+        asker.join().unwrap()
     }
 
     fn new_socket(&mut self) -> SocketHandle {
