@@ -25,9 +25,12 @@ fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
+/// What was dialled; no protocol: ICMP.
+type Dialled = (Option<Protocol>, SocketAddr);
+
 /// Notes what is dialled. Reaches the host's loopback, and nothing else.
 #[derive(Debug, Default, Clone)]
-struct Noting(Arc<Mutex<Vec<(Option<Protocol>, SocketAddr)>>>);
+struct Noting(Arc<Mutex<Vec<Dialled>>>);
 
 impl Noting {
     fn note(&self, protocol: Option<Protocol>, to: SocketAddr) -> io::Result<()> {
@@ -35,7 +38,7 @@ impl Noting {
         if to.ip().is_loopback() { Ok(()) } else { Err(io::ErrorKind::HostUnreachable.into()) }
     }
 
-    fn dialled(&self) -> Vec<(Option<Protocol>, SocketAddr)> {
+    fn dialled(&self) -> Vec<Dialled> {
         self.0.lock().unwrap().clone()
     }
 }
