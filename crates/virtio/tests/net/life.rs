@@ -7,6 +7,12 @@ use freestone_virtio::{Error, Net};
 
 use crate::support::{MAC, Machine, RINGS, TestPort, config, frame, plain};
 
+/// Endpoints that are open, and resets that the port was told of.
+fn life(machine: &Machine) -> (usize, usize) {
+    let wire = machine.wire();
+    (wire.open, wire.resets)
+}
+
 #[test]
 fn a_port_is_open_while_a_driver_has_the_card_and_forgets_when_it_resets_it() {
     let wanted = feature::MQ | feature::CTRL_VQ | feature::GUEST_CSUM;
@@ -16,11 +22,11 @@ fn a_port_is_open_while_a_driver_has_the_card_and_forgets_when_it_resets_it() {
     assert_eq!(machine.wire().open, 2);
     assert_eq!(machine.wire().setups, [Setup { pairs: 2, receive: Offloads::CSUM }]);
     machine.device.pause().unwrap();
-    assert_eq!((machine.wire().open, machine.wire().resets), (0, 1), "the driver's own reset alone");
+    assert_eq!(life(&machine), (0, 1), "the driver's own reset alone");
     machine.device.resume().unwrap();
-    assert_eq!((machine.wire().open, machine.wire().resets), (2, 1));
+    assert_eq!(life(&machine), (2, 1));
     machine.driver.reset().unwrap();
-    assert_eq!((machine.wire().open, machine.wire().resets), (0, 2));
+    assert_eq!(life(&machine), (0, 2));
     machine.start(0);
     assert_eq!(*machine.wire().setups.last().unwrap(), Setup { pairs: 1, receive: Offloads::empty() });
 }

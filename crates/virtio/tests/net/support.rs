@@ -16,7 +16,7 @@ use freestone_testkit::driver::{Arena, Buffer, DriverQueue, MmioDriver};
 use freestone_virtio::net::{NetConfig, NetHandle, feature};
 use freestone_virtio::{DeviceStats, Net, NetCounts, VirtioMmioPlug, features};
 
-pub const MEMORY: u64 = 16 << 20;
+pub const MEMORY: u64 = 64 << 20;
 pub const HEADER: usize = 12;
 pub const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 /// Both ring formats, with event indices and without.
