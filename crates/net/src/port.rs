@@ -99,6 +99,14 @@ impl<P: Port + ?Sized> Port for Box<P> {
         (**self).open(setup)
     }
 
+    fn set_receive(&mut self, receive: Offloads) -> Result<()> {
+        (**self).set_receive(receive)
+    }
+
+    fn set_active_pairs(&mut self, pairs: u16) -> Result<()> {
+        (**self).set_active_pairs(pairs)
+    }
+
     fn reset(&mut self) {
         (**self).reset();
     }

@@ -13,7 +13,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use self::capture::{Capture, CaptureCounts, Direction};
-use crate::{Endpoint, Frame, Port, PortInfo, PortStats, Received, Result, Sent, Setup, Source, VnetHeader};
+use crate::{
+    Endpoint, Frame, Offloads, Port, PortInfo, PortStats, Received, Result, Sent, Setup, Source, VnetHeader,
+};
 
 /// A port that captures all frames of another, in both directions and on all pairs of queues.
 #[derive(Debug)]
@@ -57,6 +59,14 @@ impl<P: Port> Port for Pcap<P> {
             Box::new(Captured { inner, capture: self.capture.clone(), dirty: false })
         };
         Ok(self.port.open(setup)?.into_iter().map(wrap).collect())
+    }
+
+    fn set_receive(&mut self, receive: Offloads) -> Result<()> {
+        self.port.set_receive(receive)
+    }
+
+    fn set_active_pairs(&mut self, pairs: u16) -> Result<()> {
+        self.port.set_active_pairs(pairs)
     }
 
     fn reset(&mut self) {
