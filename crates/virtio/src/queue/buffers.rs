@@ -5,6 +5,7 @@ use freestone_memory::{Bytes, MemorySlice};
 use crate::{Error, Result};
 
 /// So many slices that were taken off are forgotten at once.
+#[cfg(feature = "net")]
 const COMPACT: usize = 256;
 
 /// The buffers of one request: first those the device reads, then those it writes.
@@ -152,6 +153,7 @@ impl<'m> ChainBuffers<'m> {
 
     /// Adds the device-writable buffers of `other` behind those that are here, of which none are device-readable. Returns how many
     /// slices they are.
+    #[cfg(feature = "net")]
     pub(crate) fn append_writable(&mut self, other: &Self) -> usize {
         self.slices.extend_from_slice(other.writable());
         self.writable_len = self.writable_len.saturating_add(other.writable_len);
@@ -159,6 +161,7 @@ impl<'m> ChainBuffers<'m> {
     }
 
     /// Takes off the first `slices` device-writable slices, which have `bytes` bytes.
+    #[cfg(feature = "net")]
     pub(crate) fn drop_writable(&mut self, slices: usize, bytes: u32) {
         self.middle_front = self.middle_front.saturating_add(slices).min(self.slices.len());
         self.writable_len = self.writable_len.saturating_sub(bytes);

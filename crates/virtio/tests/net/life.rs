@@ -1,5 +1,4 @@
 //! The port's life: opened, paused, reset, and opened again.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 use freestone_net::{MacAddr, Offloads, Setup};
 use freestone_virtio::net::{NetConfig, feature};
