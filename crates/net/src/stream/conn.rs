@@ -178,10 +178,7 @@ impl Conn {
     }
 
     /// Adds a frame in parts to what is to be sent by the next [`flush`](Self::flush).
-    #[cfg_attr(
-        not(feature = "switch"),
-        expect(dead_code, reason = "the switch's server alone sends several at once")
-    )]
+    #[cfg(any(test, feature = "switch"))]
     pub(crate) fn put_later(&mut self, parts: &[&[u8]]) -> Put {
         let len = parts.iter().map(|part| part.len()).sum();
         let Some(prefix) = prefix(len) else {
@@ -281,20 +278,20 @@ mod tests {
         let (mut conn, mut peer) = conn();
         let sent: Vec<_> = (0..20u8).map(|n| vec![n; MAX_FRAME - usize::from(n) * 1000]).collect();
         let bytes = framed(&sent);
-        let writer = std::thread::spawn(move || peer.write_all(&bytes));
+        let writer = std::thread::spawn(move || peer.write_all(&bytes).map(|()| peer));
         let mut got = Vec::new();
         while got.len() < sent.len() {
             got.extend(take_all(&mut conn));
             std::thread::yield_now();
         }
         assert_eq!(got, sent);
-        writer.join().unwrap().unwrap();
+        drop(writer.join().unwrap().unwrap());
         assert!(matches!(conn.next(), Err(Broken::Closed)));
     }
 
     #[test]
     fn lengths_that_no_frame_has_break_the_connection() {
-        for length in [0, MAX_FRAME as u32 + 1, 0x8000_0000, u32::MAX] {
+        for length in [0, u32::try_from(MAX_FRAME).unwrap() + 1, 0x8000_0000, u32::MAX] {
             let (mut conn, mut peer) = conn();
             peer.write_all(&framed(&[vec![1; 60]])).unwrap();
             peer.write_all(&length.to_be_bytes()).unwrap();

@@ -15,7 +15,9 @@ mod link;
 pub(crate) mod socket;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod station;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;

@@ -1,11 +1,9 @@
 //! For tests: a machine at any port, and a loop that waits for sources as an event loop does.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
-
 use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend};
-use rustix::event::epoll;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::{Endpoint, Frame, MacAddr, Offloads, Port, Received, Sent, Setup, Source, VnetHeader};
+use crate::{Endpoint, Frame, Offloads, Port, Received, Sent, Setup, Source, VnetHeader};
 
 /// A machine with memory of its own, and the endpoint it has at a port.
 pub(crate) struct Station {
@@ -23,7 +21,8 @@ impl Station {
         let view = self.mem.view();
         // In two slices, as cards often have it.
         let (front, back) = (bytes.len().min(10), bytes.len().saturating_sub(10));
-        let slices = [(0, front), (0x1_1003, back)].map(|(at, len)| view.get_slice(GuestAddress(at), len).unwrap());
+        let slices =
+            [(0, front), (0x1_1003, back)].map(|(at, len)| view.get_slice(GuestAddress(at), len).unwrap());
         let frame = Frame::new(&slices);
         assert_eq!(frame.write_at(0, bytes), bytes.len());
         self.end.transmit(&VnetHeader::default(), frame)
@@ -50,33 +49,33 @@ impl Station {
     }
 }
 
-/// Waits for edges of sources.
-pub(crate) struct Edges(std::os::fd::OwnedFd);
+/// Waits for edges of sources, as the event loop of a VMM does.
+pub(crate) struct Edges {
+    epoll: Epoll,
+    _sources: Vec<Source>,
+}
 
 impl Edges {
     pub(crate) fn of(sources: impl IntoIterator<Item = Source>) -> Self {
-        let poll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
-        for source in sources {
-            // SAFETY is not needed: the descriptor is duplicated through the process's own list of them.
-            let path = format!("/proc/self/fd/{}", source.as_raw_fd());
-            assert!(std::fs::symlink_metadata(&path).is_ok());
-            add(&poll, source.as_raw_fd());
+        let (epoll, sources) = (Epoll::new().unwrap(), Vec::from_iter(sources));
+        for source in &sources {
+            let edges = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+            epoll.ctl(ControlOperation::Add, source.as_raw_fd(), edges).unwrap();
         }
-        Self(poll)
+        Self { epoll, _sources: sources }
     }
 
     /// Calls `step` after every edge until it gives something.
     pub(crate) fn until<T>(&self, mut step: impl FnMut() -> Option<T>) -> T {
+        let mut events = [EpollEvent::default(); 8];
         loop {
             if let Some(value) = step() {
                 return value;
             }
-            let mut room = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; 8];
-            let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
-            let events = rustix::io::retry_on_intr(|| {
-                epoll::wait(&self.0, room.as_mut_slice(), Some(&limit)).map(|(events, _)| events.len())
-            });
-            assert!(events.unwrap() > 0, "nothing happened for 20 seconds");
+            match self.epoll.wait(20_000, &mut events) {
+                Ok(count) => assert!(count > 0, "nothing happened for 20 seconds"),
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::Interrupted),
+            }
         }
     }
 }

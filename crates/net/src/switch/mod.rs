@@ -36,6 +36,9 @@ mod table;
 mod vlan;
 
 #[cfg(test)]
+#[cfg(feature = "stream")]
+mod server_tests;
+#[cfg(test)]
 mod tests;
 
 use std::fmt;

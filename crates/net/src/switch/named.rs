@@ -123,7 +123,7 @@ impl NamedSwitch {
     }
 
     /// As if it were a process of its own.
-    fn at(path: &Path) -> Result<Self> {
+    pub(super) fn at(path: &Path) -> Result<Self> {
         let failed =
             |e: rustix::io::Errno| Error::io(format!("join the switch {}", path.display()))(e.into());
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?;

@@ -100,13 +100,13 @@ impl Pipe {
 
     /// Moves some frames both ways. `true` if there is more to do at once.
     pub(super) fn step(&mut self) -> std::result::Result<bool, Broken> {
-        let more_to_peer = self.to_peer()?;
-        let more_from_peer = self.from_peer();
+        let more_to_peer = self.send_some()?;
+        let more_from_peer = self.take_some();
         self.end.wake_receivers();
         Ok(more_to_peer || more_from_peer?)
     }
 
-    fn to_peer(&mut self) -> std::result::Result<bool, Broken> {
+    fn send_some(&mut self) -> std::result::Result<bool, Broken> {
         if !self.conn.flush()? {
             return Ok(false);
         }
@@ -126,7 +126,7 @@ impl Pipe {
         self.conn.flush()
     }
 
-    fn from_peer(&mut self) -> std::result::Result<bool, Broken> {
+    fn take_some(&mut self) -> std::result::Result<bool, Broken> {
         for _ in 0..BUDGET {
             match self.conn.next()? {
                 Next::Frame(len) => {

@@ -382,7 +382,7 @@ fn large_segment(data: usize) -> (Vec<u8>, VnetHeader) {
     bytes.extend(u16::try_from(40 + data).unwrap().to_be_bytes());
     bytes.extend([0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
     bytes.extend([0, 80, 0, 90, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xFF, 0xFF, 0, 0, 0, 0]);
-    bytes.extend((0..data).map(|n| (n % 251) as u8));
+    bytes.extend((0..251u8).cycle().take(data));
     let header = VnetHeader {
         checksum: Some((34, 16)),
         gso: Some(Gso::Tcp4),
@@ -420,14 +420,16 @@ fn the_offsets_of_a_large_segment_follow_its_tag() {
     assert_eq!(&got[12..18], [0x81, 0, 0, 7, 8, 0]);
     assert_eq!(got_header, VnetHeader { checksum: Some((38, 16)), hdr_len: 58, ..header });
     let mut back = got.clone();
-    (back[..6].copy_from_slice(&mac(1).0), back[6..12].copy_from_slice(&mac(2).0));
+    back[..6].copy_from_slice(&mac(1).0);
+    back[6..12].copy_from_slice(&mac(2).0);
     trunk.send_at(0, &got_header, &back);
     assert_eq!(a.receive().unwrap().1, header);
 }
 
 #[test]
 fn the_mirror_sees_each_frame_once_as_it_came() {
-    struct Seen(Arc<Mutex<Vec<(PortId, Vec<u8>)>>>);
+    type Frames = Vec<(PortId, Vec<u8>)>;
+    struct Seen(Arc<Mutex<Frames>>);
     impl Mirror for Seen {
         fn frame(&mut self, port: PortId, _: &VnetHeader, parts: &[&[u8]]) {
             self.0.lock().unwrap().push((port, parts.concat()));
