@@ -134,7 +134,7 @@ fn fuzz(config: impl Fn() -> NatConfig, judge: impl Fn(Option<Protocol>, SocketA
         let seed = base.unwrap_or_else(|| Random::new(case).next());
         let _note = Note(seed);
         let mut generator = Generator::new(seed);
-        let offloads = Offloads::from_bits_truncate(generator.random.below(64) as u32);
+        let offloads = Offloads::from_bits_truncate(u32::try_from(generator.random.below(64)).unwrap());
         let mut bench = Bench::new(config(), offloads);
         let frames = 50 + generator.random.below(400);
         bench.attack(&mut generator, frames);
