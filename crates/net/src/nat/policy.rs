@@ -250,6 +250,10 @@ impl FromStr for Rule {
 /// Rules for outgoing traffic: the first that matches decides. If none does: it is denied if there is a rule that allows, else
 /// allowed.
 ///
+/// The host is more than its loopback: its other addresses, its neighbours and, in a cloud, `169.254.169.254` are destinations like
+/// any other, and machines with code that nobody trusts should not reach them. Names are no matter of the policy: the NAT's name
+/// server asks those of the host unless the NAT is restricted.
+///
 /// ```
 /// use freestone_net::nat::{Policy, Protocol};
 ///

@@ -172,12 +172,11 @@ impl Endpoint for NatEndpoint {
 
     fn flush(&mut self) {
         let Some(engine) = &mut self.engine else { return };
-        if engine.flush() {
+        // What jobs changed may want to be told; and who was answered may ask the next thing meanwhile.
+        while engine.flush() {
             for job in self.shared.jobs() {
                 job(engine);
             }
-            // What they changed may want to be told.
-            engine.flush();
         }
     }
 
