@@ -183,6 +183,9 @@ impl Default for NatConfig {
     }
 }
 
+/// The longest that a limit of time may be.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 impl NatConfig {
     /// Whether it makes sense.
     pub(super) fn check(&self) -> Result<()> {
@@ -201,6 +204,12 @@ impl NatConfig {
                 }
             }
         }
+        let limits = &self.limits;
+        for time in [limits.tcp_handshake, limits.tcp_idle, limits.udp_idle] {
+            if time > LONGEST {
+                return Err(Error::invalid("limit of time", format!("{time:?}"), "at most a year"));
+            }
+        }
         for forward in &self.guest_forwards {
             let to_addr = matches!(forward.target, GuestTarget::Addr(_));
             if forward.protocol == Protocol::Udp && !to_addr {
@@ -209,5 +218,33 @@ impl NatConfig {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(change: impl FnOnce(&mut NatConfig)) -> String {
+        let mut config = NatConfig::default();
+        change(&mut config);
+        config.check().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_with_its_value() {
+        NatConfig::default().check().unwrap();
+        assert!(error(|config| config.mtu = 1000).contains("1000"));
+        let outside =
+            |config: &mut NatConfig| config.ipv4.as_mut().unwrap().guest = Ipv4Addr::new(10, 0, 3, 15);
+        assert!(error(outside).contains("10.0.3.15"));
+        assert!(error(|config| config.ipv4.as_mut().unwrap().prefix_len = 31).contains("31"));
+        assert!(error(|config| config.limits.tcp_idle = Duration::MAX).contains("year"));
+        let unix = |config: &mut NatConfig| {
+            let server = "10.0.2.100:7".parse().unwrap();
+            let target = GuestTarget::Unix("/tmp/socket".into());
+            config.guest_forwards.push(GuestForward { protocol: Protocol::Udp, server, target });
+        };
+        assert!(error(unix).contains("10.0.2.100:7"));
     }
 }

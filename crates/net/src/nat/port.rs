@@ -74,6 +74,19 @@ impl Shared {
 /// A user-mode NAT: a port with a whole network behind it. It has one pair of queues.
 ///
 /// The connections of the machine outlive its endpoint: they go on when it is opened again.
+///
+/// ```
+/// use freestone_net::nat::{Nat, NatConfig};
+///
+/// # fn main() -> freestone_net::Result<()> {
+/// let mut config = NatConfig::default();
+/// config.forwards.push("tcp:127.0.0.1:0-:22".parse()?);
+/// let nat = Nat::new(config)?;
+/// let forward = nat.handle().forwards()?[0];
+/// println!("ssh -p {} 127.0.0.1", forward.host.port());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Nat {
     shared: Arc<Shared>,

@@ -45,6 +45,8 @@ struct Listener {
 pub(super) struct Listeners {
     list: Vec<Listener>,
     next: u32,
+    /// Somebody may wait at one of them.
+    ready: bool,
     /// When to try again what the host had no files for.
     retry_at: Option<Instant>,
 }
@@ -72,6 +74,7 @@ impl Tcp {
         self.listeners.next = self.listeners.next.wrapping_add(1);
         let forward = Forward { host: addr, ..*forward };
         self.listeners.list.push(Listener { fd, forward, index, ready: true });
+        self.listeners.ready = true;
         Ok(addr)
     }
 
@@ -88,12 +91,13 @@ impl Tcp {
             self.listeners.list.iter_mut().find(|listener| listener.index == ready.token.index)
         {
             listener.ready = true;
+            self.listeners.ready = true;
         }
     }
 
     /// Takes those who wait, a bounded number. Returns whether more may wait.
     pub(super) fn accept_more(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.listeners.retry_at.is_some_and(|at| at > cx.now) {
+        if !self.listeners.ready || self.listeners.retry_at.is_some_and(|at| at > cx.now) {
             return false;
         }
         self.listeners.retry_at = None;
@@ -101,6 +105,7 @@ impl Tcp {
         for at in 0..self.listeners.list.len() {
             more |= self.accept(cx, at);
         }
+        self.listeners.ready = more || self.listeners.retry_at.is_some();
         more
     }
 

@@ -39,6 +39,8 @@ pub(super) use wire::{add_frame, fold, pseudo};
 
 /// How long a program may go on after its connection ended.
 const CHILD_GRACE: Duration = Duration::from_secs(10);
+/// Programs whose connections ended that may go on at once.
+const MAX_CHILDREN: usize = 64;
 /// How often it is looked whether programs ended.
 const CHILD_CHECK: Duration = Duration::from_millis(500);
 /// Timers that are called in one step.
@@ -218,6 +220,13 @@ impl Tcp {
         }
         let child = if end == End::Orderly { flow.socket.close() } else { flow.socket.abort() };
         if let Some(child) = child {
+            if self.children.len() >= MAX_CHILDREN
+                && let Some((oldest, until)) = self.children.first_mut()
+            {
+                let _ = oldest.kill();
+                *until = cx.now;
+                self.next_child_check = Some(cx.now);
+            }
             self.children.push((child, cx.now + CHILD_GRACE));
             self.next_child_check.get_or_insert(cx.now + CHILD_CHECK);
         }
@@ -344,6 +353,18 @@ impl Tcp {
         self.made = self.made.wrapping_add(1);
         let [a, b, c, d, ..] = self.random.hash_one((key, self.made)).to_ne_bytes();
         Seq(u32::from_ne_bytes([a, b, c, d]))
+    }
+}
+
+impl Drop for Tcp {
+    /// No program outlives its NAT.
+    fn drop(&mut self) {
+        let indices = self.table.indices();
+        let open = indices.into_iter().filter_map(|index| self.table.remove(index)?.socket.abort());
+        for mut child in open.chain(self.children.drain(..).map(|(child, _)| child)) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 

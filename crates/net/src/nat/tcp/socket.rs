@@ -129,3 +129,45 @@ impl Socket {
         self.child.take()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+
+    use freestone_memory::own_slice;
+
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_again_and_discarded_whatever_the_kernel_can() {
+        for old_kernel in [false, true] {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let mut host = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let fd = listener.accept().unwrap().0.into();
+            let mut socket = if old_kernel {
+                Socket { fd, tcp: true, offset: None, child: None }
+            } else {
+                Socket::tcp(fd)
+            };
+            let peek = |socket: &mut Socket, offset, len: usize, hangup| {
+                let mut bytes = vec![0; len];
+                let slices = [own_slice(&mut bytes)];
+                let n = socket.peek(offset, Frame::new(&slices), hangup, &mut Vec::new());
+                n.map(|n| bytes[..n].to_vec()).map_err(|error| error.kind())
+            };
+            assert_eq!(peek(&mut socket, 0, 9, false), Err(io::ErrorKind::WouldBlock));
+            host.write_all(b"abcdefgh").unwrap();
+            assert_eq!(peek(&mut socket, 0, 3, false).unwrap(), b"abc");
+            assert_eq!(peek(&mut socket, 3, 3, false).unwrap(), b"def");
+            socket.discard(2, &mut Vec::new()).unwrap();
+            assert_eq!(peek(&mut socket, 4, 9, false).unwrap(), b"gh");
+            assert_eq!(peek(&mut socket, 6, 9, false), Err(io::ErrorKind::WouldBlock));
+            assert_eq!(peek(&mut socket, 0, 2, false).unwrap(), b"cd");
+            drop(host);
+            while peek(&mut socket, 6, 9, true) == Err(io::ErrorKind::WouldBlock) {}
+            assert_eq!(peek(&mut socket, 6, 9, true).unwrap(), b"");
+            assert_eq!(peek(&mut socket, 5, 9, true).unwrap(), b"h");
+        }
+    }
+}
