@@ -66,6 +66,9 @@ impl Subject {
     }
 }
 
+/// Starts a NAT that makes a tap of this name and leads this address to the agent.
+type Start = fn(&str, SocketAddr) -> Fallible<Process>;
+
 /// What is measured.
 #[derive(Debug, Clone, Copy)]
 enum Kind {
@@ -132,8 +135,7 @@ pub fn bench(args: &Args) -> Fallible<Value> {
     let servers =
         Servers { echo: traffic::echo_server()?.port(), short: traffic::short_server(PARALLEL)?.port() };
     let mut subjects = vec![Subject::floor()?];
-    let starts: [(_, fn(&str, SocketAddr) -> Fallible<Process>); 2] =
-        [("slirp", ns::slirp), ("freestone", ns::freestone)];
+    let starts: [(_, Start); 2] = [("slirp", ns::slirp), ("freestone", ns::freestone)];
     let mut skipped = Vec::new();
     for (name, start) in starts {
         match Subject::behind(name, start) {

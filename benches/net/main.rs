@@ -1,7 +1,10 @@
 //! What networks cost: NAT, switch and tap, beside sockets of the host. See the README.
 
+mod engine;
+mod guest;
 mod linux;
 mod ns;
+mod smol;
 mod traffic;
 
 use std::net::SocketAddr;
@@ -81,16 +84,21 @@ fn bench(mut args: Args) -> Fallible<()> {
     if args.quick {
         (args.rounds, args.ms) = (args.rounds.min(2), args.ms.min(50));
     }
-    let tables: [Table; 1] = [("linux", linux::bench)];
+    let tables: [Table; 2] = [("linux", linux::bench), ("engine", engine::bench)];
     let mut results = Map::new();
     results.insert("bench".into(), "net".into());
     for (name, table) in tables {
         if args.table.as_deref().is_some_and(|only| only != name) {
             continue;
         }
-        let result = table(&args).unwrap_or_else(|error| {
+        // A thread of its own: it may be kept on one processor.
+        let result = std::thread::scope(|scope| {
+            let thread = scope.spawn(|| table(&args).map_err(|error| error.to_string()));
+            thread.join().unwrap_or_else(|_| Err("it failed".into()))
+        });
+        let result = result.unwrap_or_else(|error| {
             println!("SKIP {name}: {error}\n");
-            error.to_string().into()
+            error.into()
         });
         results.insert(name.into(), result);
     }

@@ -181,8 +181,10 @@ fn send_all(streams: Vec<TcpStream>, ms: u64) -> Fallible<Vec<f64>> {
         }
         stream.shutdown(Shutdown::Write)?;
         // The other side ends when it has everything.
-        stream.read(&mut [0])?;
-        Ok(sent)
+        match stream.read(&mut [0])? {
+            0 => Ok(sent),
+            _ => Err(io::Error::other("an answer that nobody asked for")),
+        }
     })?;
     Ok(vec![count(sent.iter().sum())])
 }
