@@ -3,6 +3,7 @@
 mod engine;
 mod guest;
 mod linux;
+mod lookup;
 mod ns;
 mod smol;
 mod traffic;
@@ -27,7 +28,7 @@ struct Args {
     #[arg(long, value_name = "MS", default_value_t = 400, value_parser = clap::value_parser!(u64).range(10..=60_000))]
     ms: u64,
 
-    /// Only this table: linux, engine, smoltcp or ports.
+    /// Only this table: linux, engine, lookup, switch or tap.
     #[arg(long, value_name = "NAME")]
     table: Option<String>,
 
@@ -84,7 +85,7 @@ fn bench(mut args: Args) -> Fallible<()> {
     if args.quick {
         (args.rounds, args.ms) = (args.rounds.min(2), args.ms.min(50));
     }
-    let tables: [Table; 2] = [("linux", linux::bench), ("engine", engine::bench)];
+    let tables: [Table; 3] = [("linux", linux::bench), ("engine", engine::bench), ("lookup", lookup::bench)];
     let mut results = Map::new();
     results.insert("bench".into(), "net".into());
     for (name, table) in tables {
