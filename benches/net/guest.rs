@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 pub const DATA: usize = 44 * MSS;
 const MSS: usize = 1460;
 /// Ethernet, IPv4 and TCP without options.
-const HEADERS: usize = 54;
+pub const HEADERS: usize = 54;
 /// The same with the options of a SYN.
 const SYN_HEADERS: usize = HEADERS + 8;
 /// Buffers with data, which take turns.
@@ -332,6 +332,30 @@ impl<'m> Guest<'m> {
         }
         Ok(false)
     }
+}
+
+/// The headers of a large segment from this guest to its gateway, or the other way round.
+pub fn large_headers(to_guest: bool, data: usize) -> Fallible<[u8; HEADERS]> {
+    let mut bytes = [0; SYN_HEADERS];
+    let connection = Connection { local: FIRST_PORT, remote: 80, ..Connection::default() };
+    write_headers(&mut bytes, &connection, ACK, [0, data], u16::try_from(MSS)?)?;
+    let mut headers = *bytes.first_chunk::<HEADERS>().ok_or("too short")?;
+    if to_guest && let Some((to, from)) = headers.get_mut(..12).and_then(|macs| macs.split_at_mut_checked(6))
+    {
+        to.swap_with_slice(from);
+    }
+    Ok(headers)
+}
+
+/// What is left undone in such a segment.
+pub fn large_undone() -> Fallible<VnetHeader> {
+    Ok(VnetHeader {
+        checksum: Some((34, 16)),
+        gso: Some(Gso::Tcp4),
+        gso_size: u16::try_from(MSS)?,
+        hdr_len: u16::try_from(HEADERS)?,
+        ..VnetHeader::default()
+    })
 }
 
 /// The headers of a segment: checksums of IPv4, and of TCP's pseudo header.

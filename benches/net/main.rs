@@ -6,6 +6,7 @@ mod linux;
 mod lookup;
 mod ns;
 mod smol;
+mod switch;
 mod traffic;
 
 use std::net::SocketAddr;
@@ -85,7 +86,12 @@ fn bench(mut args: Args) -> Fallible<()> {
     if args.quick {
         (args.rounds, args.ms) = (args.rounds.min(2), args.ms.min(50));
     }
-    let tables: [Table; 3] = [("linux", linux::bench), ("engine", engine::bench), ("lookup", lookup::bench)];
+    let tables: [Table; 4] = [
+        ("linux", linux::bench),
+        ("engine", engine::bench),
+        ("lookup", lookup::bench),
+        ("switch", switch::bench),
+    ];
     let mut results = Map::new();
     results.insert("bench".into(), "net".into());
     for (name, table) in tables {
