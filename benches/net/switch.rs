@@ -148,7 +148,7 @@ impl Subject {
             let thread = match self {
                 Self::Copies => return Err("not between threads".into()),
                 Self::Sockets(a, b) => {
-                    let b = b.as_fd();
+                    let b = (*b).as_fd();
                     let thread = scope.spawn(move || receive_packets(b, len, other, frames));
                     let bytes = vec![0x5A; len];
                     for _ in 0..frames {
