@@ -3,12 +3,12 @@
 //! It trusts the endpoint to lose nothing and to keep the order: whatever else comes is an error, so a figure stands for work done.
 
 use std::net::Ipv4Addr;
-use std::os::fd::BorrowedFd;
 
 use freestone_benches::Fallible;
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemoryBackend, MemorySlice, MemoryView};
-use freestone_net::{Endpoint, Frame, Gso, Received, Sent, Source, VnetHeader};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use freestone_net::{Endpoint, Frame, Gso, Received, Sent, VnetHeader};
+
+use crate::watch::Watch;
 
 /// Bytes of data in a large frame: 44 segments of an Ethernet's size.
 pub const DATA: usize = 44 * MSS;
@@ -76,7 +76,7 @@ pub fn memory() -> Fallible<GuestMem> {
 /// The guest.
 pub struct Guest<'m> {
     endpoint: Box<dyn Endpoint>,
-    sources: Vec<Source>,
+    watch: Watch,
     header: MemorySlice<'m>,
     buffers: Vec<[MemorySlice<'m>; 2]>,
     room: Vec<MemorySlice<'m>>,
@@ -99,7 +99,7 @@ impl<'m> Guest<'m> {
         });
         let room = (0..ROOM_PAGES).map(|i| slice((3 << 20) + i * PAGE, PAGE));
         Ok(Self {
-            sources: endpoint.sources(),
+            watch: Watch::new(endpoint.as_ref())?,
             endpoint,
             header: slice(0, SYN_HEADERS)?,
             buffers: buffers.collect::<Fallible<_>>()?,
@@ -198,13 +198,7 @@ impl<'m> Guest<'m> {
             return Ok(());
         }
         self.waits += 1;
-        // SAFETY: the sources are kept by this guest, and open as long as they are.
-        let fds = self.sources.iter().map(|source| unsafe { BorrowedFd::borrow_raw(source.as_raw_fd()) });
-        let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-        match poll(&mut fds, Some(&Timespec { tv_sec: 5, tv_nsec: 0 }))? {
-            0 => Err("the endpoint does not go on".into()),
-            _ => Ok(()),
-        }
+        self.watch.wait()
     }
 
     /// Takes all frames; whether there were any.

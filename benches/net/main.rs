@@ -8,6 +8,7 @@ mod ns;
 mod smol;
 mod switch;
 mod traffic;
+mod watch;
 
 use std::net::SocketAddr;
 

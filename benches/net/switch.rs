@@ -9,19 +9,20 @@ use freestone_benches::rounds::CycleFrom;
 use freestone_benches::{Fallible, host, rounds};
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemoryBackend, MemorySlice, MemoryView};
 use freestone_net::switch::{PortOptions, Switch, SwitchPort};
-use freestone_net::{Endpoint, Frame, Port, Received, Sent, Setup, Source, VnetHeader};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use freestone_net::{Endpoint, Frame, Port, Received, Sent, Setup, VnetHeader};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use serde_json::{Value, json};
 
 use crate::Args;
 use crate::guest::{DATA, HEADERS, large_headers, large_undone};
 use crate::traffic::count;
+use crate::watch::Watch;
 
 /// Frames that are given before the other side is asked.
 const BATCH: usize = 32;
-/// Frames on the way between two threads.
-const ON_THE_WAY: usize = 64;
+/// Frames on the way between two threads, and their bytes: less than what the switch keeps for a port.
+const ON_THE_WAY: usize = 512;
+const BYTES_ON_THE_WAY: usize = 2 << 20;
 /// Where frames that come are put; those that go are at the start.
 const ROOM: u64 = 1 << 20;
 
@@ -142,6 +143,7 @@ impl Subject {
     /// Moves `frames` frames from this thread to another one.
     fn across(&mut self, view: &MemoryView, len: usize, undone: &VnetHeader, frames: usize) -> Fallible<()> {
         let out = [slice(view, 0, len)?];
+        let most = ON_THE_WAY.min(BYTES_ON_THE_WAY / len);
         let other = host::cpus().last().copied().unwrap_or(0);
         let (done, failed) = (&AtomicUsize::new(0), &AtomicBool::new(false));
         std::thread::scope(|scope| {
@@ -166,7 +168,7 @@ impl Subject {
                         if sent % BATCH == 0 {
                             a.flush();
                         }
-                        while sent - done.load(Ordering::Relaxed) > ON_THE_WAY {
+                        while sent.saturating_sub(done.load(Ordering::Relaxed)) > most {
                             a.flush();
                             if failed.load(Ordering::Relaxed) {
                                 break;
@@ -224,29 +226,18 @@ fn receive_frames(
     host::pin(cpu).map_err(|e| e.to_string())?;
     let room = [slice(view, ROOM, len).map_err(|e| e.to_string())?];
     let room = Frame::new(&room);
-    let sources = end.sources();
+    let watch = Watch::new(end).map_err(|e| e.to_string())?;
     let mut n = 0;
     while n < frames {
         let took = take(end, room).map_err(|e| e.to_string())?;
         n += took;
         done.store(n, Ordering::Relaxed);
         if took == 0 {
-            wait(&sources).map_err(|e| e.to_string())?;
+            watch.wait().map_err(|e| e.to_string())?;
             end.flush();
         }
     }
     Ok(())
-}
-
-/// Waits until a source is ready.
-fn wait(sources: &[Source]) -> Fallible<()> {
-    // SAFETY: whoever holds the sources keeps them open while they are borrowed.
-    let fds = sources.iter().map(|source| unsafe { BorrowedFd::borrow_raw(source.as_raw_fd()) });
-    let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-    match poll(&mut fds, Some(&Timespec { tv_sec: 2, tv_nsec: 0 }))? {
-        0 => Err("frames were lost".into()),
-        _ => Ok(()),
-    }
 }
 
 /// The table.
