@@ -121,7 +121,10 @@ impl Bridge {
         let more_to_a = to_a.pump(&view, b.as_mut(), a.as_mut());
         a.flush();
         b.flush();
-        more_to_b || more_to_a
+        // An endpoint may have answered when it was flushed, and no source tells of that.
+        let answered =
+            |flow: &Flow, from: &mut dyn Endpoint| flow.pending.is_none() && from.waiting().is_some();
+        more_to_b || more_to_a || answered(to_b, a.as_mut()) || answered(to_a, b.as_mut())
     }
 
     /// What it did.

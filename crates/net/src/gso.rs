@@ -219,7 +219,7 @@ impl Cutter {
         if size == 0 || self.size == 0 || !fits || self.head_len + 8 > MAX_HEAD {
             return None;
         }
-        (1 + self.data.saturating_sub(self.first).div_ceil(self.size) <= MAX_SEGMENTS).then_some(self)
+        (self.data.saturating_sub(self.first).div_ceil(self.size) < MAX_SEGMENTS).then_some(self)
     }
 
     /// How many frames are still to come.

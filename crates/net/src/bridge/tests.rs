@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, reason = "tests")]
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -21,6 +23,8 @@ struct State {
     room: usize,
     dropped: usize,
     flushes: usize,
+    /// What it has to give when it is flushed after it was given something.
+    answer: Option<Vec<u8>>,
     /// It says that so little will do.
     hint: Option<usize>,
 }
@@ -72,7 +76,12 @@ impl Endpoint for Memory {
     }
 
     fn flush(&mut self) {
-        self.with(|state| state.flushes += 1);
+        self.with(|state| {
+            state.flushes += 1;
+            if !state.output.is_empty() {
+                state.input.extend(state.answer.take().map(|bytes| (plain(), bytes)));
+            }
+        });
     }
 
     fn waiting(&mut self) -> Option<usize> {
@@ -285,4 +294,14 @@ fn a_frame_that_becomes_many_takes_several_steps() {
     assert!(bridge.step());
     assert!(!bridge.step());
     assert_eq!(b.got().len(), 600);
+}
+
+#[test]
+fn what_an_endpoint_answers_when_it_is_flushed_is_not_left_behind() {
+    let (a, b, mut bridge) = bridge();
+    a.give(plain(), &[1; 60]);
+    b.with(|state| state.answer = Some(vec![2; 60]));
+    assert!(bridge.step());
+    assert!(!bridge.step());
+    assert_eq!(a.got(), [vec![2; 60]]);
 }

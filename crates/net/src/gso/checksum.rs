@@ -161,7 +161,7 @@ mod tests {
             let view = mem.view();
             let (mut at, mut all, mut slices) = (0u64, Vec::new(), Vec::new());
             for len in lens {
-                let bytes: Vec<u8> = (0..len).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect();
+                let bytes: Vec<u8> = (0..len).map(|i| (i * 31 % 256).to_le_bytes()[0].wrapping_add(seed)).collect();
                 view.write_slice(&bytes, GuestAddress(at)).unwrap();
                 slices.push(view.get_slice(GuestAddress(at), len).unwrap());
                 at += len as u64 + 5;

@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "tests")]
+
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend};

@@ -277,10 +277,29 @@ impl SwitchEndpoint {
         }
     }
 
-    fn next_with_tag(&mut self) -> Option<(Arc<Packet>, Option<[u8; 4]>)> {
+    /// The next packet and the tag that it goes out with.
+    pub(super) fn next_with_tag(&mut self) -> Option<(Arc<Packet>, Option<[u8; 4]>)> {
         let packet = Arc::clone(self.next()?);
         let tag = self.tag(&packet);
         Some((packet, tag))
+    }
+
+    /// Nobody can take the packet that [`next`](Self::next) showed.
+    pub(super) fn dropped(&mut self) {
+        if self.taken.pop_front().is_some() {
+            self.open.attachment.port.stats.receive_dropped();
+        }
+    }
+
+    /// Written when there is something again.
+    #[cfg(feature = "stream")]
+    pub(super) fn event(&self) -> Arc<std::os::fd::OwnedFd> {
+        self.queue.source()
+    }
+
+    /// Wakes those who got frames and may be asleep.
+    pub(super) fn wake_receivers(&mut self) {
+        self.wakes.flush();
     }
 
     /// The time of the switch in nanoseconds.
@@ -344,7 +363,7 @@ impl Endpoint for SwitchEndpoint {
     }
 
     fn flush(&mut self) {
-        self.wakes.flush();
+        self.wake_receivers();
     }
 
     fn waiting(&mut self) -> Option<usize> {
@@ -370,8 +389,7 @@ impl Endpoint for SwitchEndpoint {
 
     fn drop_next(&mut self) {
         if self.next().is_some() {
-            self.taken.pop_front();
-            self.open.attachment.port.stats.receive_dropped();
+            self.dropped();
         }
     }
 }

@@ -25,9 +25,13 @@
 mod counts;
 mod endpoint;
 mod limit;
+#[cfg(feature = "stream")]
+mod named;
 mod packet;
 mod port;
 mod queue;
+#[cfg(feature = "stream")]
+mod server;
 mod table;
 mod vlan;
 
@@ -49,7 +53,11 @@ use crate::{Error, MacAddr, Result, VnetHeader};
 
 pub use self::counts::{DropReason, LearnedAddress, PortId, PortSummary, SwitchCounts, SwitchInfo};
 pub use self::limit::Rate;
+#[cfg(feature = "stream")]
+pub use self::named::{NamedSwitch, Role};
 pub use self::port::{PortOptions, SwitchPort};
+#[cfg(feature = "stream")]
+pub use self::server::{ServerOptions, SwitchServer};
 pub use self::vlan::{Vlan, VlanSet};
 
 /// How a switch is.

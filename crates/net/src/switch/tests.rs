@@ -371,7 +371,7 @@ fn frames_that_cannot_be_are_dropped_and_counted() {
     assert_eq!(a.dropped(&switch, DropReason::Reserved), 1);
     assert_eq!(b.all().len(), 0);
     assert_eq!(switch.info().counts.learned, 0);
-    a.send(&vec![2; packet::MAX_FRAME]);
+    a.send(&[&good[..14], &vec![0; packet::MAX_FRAME - 14]].concat());
     assert_eq!(b.all().len(), 1);
 }
 
