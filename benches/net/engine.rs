@@ -9,7 +9,8 @@ use std::time::Instant;
 use freestone_benches::rounds::CycleFrom;
 use freestone_benches::{Fallible, host, rounds};
 use freestone_memory::MemoryView;
-use freestone_net::Endpoint;
+use freestone_net::nat::{Nat, NatConfig};
+use freestone_net::{Endpoint, Port, Setup};
 use serde_json::{Value, json};
 
 use crate::Args;
@@ -141,7 +142,15 @@ fn subjects(view: &MemoryView, cpu: usize) -> Fallible<Vec<Subject<'_>>> {
     let server = Server::start(cpu)?;
     let relay = SmolRelay::new(server.at.port(), server.at, 1, SMOL_BUFFER)?;
     all.push(behind("smoltcp", view, server, Box::new(relay), false)?);
+    all.push(behind("freestone", view, Server::start(cpu)?, nat(NatConfig::default())?, true)?);
     Ok(all)
+}
+
+/// The endpoint of a NAT. It keeps what it needs of the port.
+pub fn nat(config: NatConfig) -> Fallible<Box<dyn Endpoint>> {
+    let mut nat = Nat::new(config)?;
+    let receive = nat.info().receive;
+    nat.open(&Setup { pairs: 1, receive })?.pop().ok_or_else(|| "a NAT without an endpoint".into())
 }
 
 fn behind<'m>(

@@ -7,11 +7,13 @@ use freestone_benches::disk::Random;
 use freestone_benches::rounds::CycleFrom;
 use freestone_benches::{Fallible, host, rounds};
 use freestone_memory::MemoryView;
+use freestone_net::nat::NatConfig;
 use freestone_net::{Endpoint, Frame, Received, Sent, Source, VnetHeader};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 use crate::Args;
+use crate::engine;
 use crate::guest::{self, Guest};
 use crate::smol::SmolRelay;
 use crate::traffic::{self, count};
@@ -105,7 +107,13 @@ fn subjects(view: &MemoryView, connections: usize) -> Fallible<Vec<(&'static str
     for _ in 0..connections {
         smoltcp.connect(port)?;
     }
-    Ok(vec![("driver", driver), ("smoltcp", smoltcp)])
+    let mut config = NatConfig::default();
+    (config.limits.tcp_flows, config.limits.new_flows) = (connections, u32::MAX);
+    let mut freestone = Guest::new(view, engine::nat(config)?, true)?;
+    for _ in 0..connections {
+        freestone.connect(port)?;
+    }
+    Ok(vec![("driver", driver), ("smoltcp", smoltcp), ("freestone", freestone)])
 }
 
 fn line(

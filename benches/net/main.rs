@@ -68,7 +68,7 @@ fn main() -> std::process::ExitCode {
     }
     let done = match (args.agent, &args.nat) {
         (Some(port), _) => ns::agent(port),
-        (None, Some(_)) => Err("not yet".into()),
+        (None, Some(tap)) => ns::nat(tap, args.forward),
         (None, None) => bench(args),
     };
     match done {

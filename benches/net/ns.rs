@@ -1,11 +1,14 @@
 //! Network namespaces with a tap in them, and processes: agents that do the guest's part, and NATs.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use freestone_benches::Fallible;
+use freestone_net::Bridge;
+use freestone_net::nat::{Forward, Nat, NatConfig, Protocol};
+use freestone_net::tap::{Tap, TapOptions};
 
 use crate::traffic::{self, Task};
 
@@ -191,7 +194,15 @@ fn came_up(mut process: Process, tap: &str) -> Fallible<Process> {
     Err(format!("made no tap {tap}").into())
 }
 
-/// Waits until standard input ends: whoever started this process is gone.
-pub fn wait_for_end() {
-    let _ = std::io::stdin().read_to_end(&mut Vec::new());
+/// The main program of a NAT between a tap and the host: it ends when standard input does.
+pub fn nat(tap: &str, forward: Option<SocketAddr>) -> Fallible<()> {
+    let mut config = NatConfig::default();
+    config.limits.new_flows = u32::MAX;
+    if let Some(host) = forward {
+        let (protocol, guest_port) = (Protocol::Tcp, GUEST_PORT);
+        config.forwards.push(Forward { protocol, host, guest_addr: None, guest_port });
+    }
+    // Both are kept while the bridge is there.
+    let (mut nat, mut tap) = (Nat::new(config)?, Tap::open(&TapOptions::new(tap))?);
+    Ok(Bridge::open(&mut tap, &mut nat)?.run_until(std::io::stdin())?)
 }

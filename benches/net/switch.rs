@@ -21,8 +21,8 @@ use crate::watch::Watch;
 /// Frames that are given before the other side is asked.
 const BATCH: usize = 32;
 /// Frames on the way between two threads, and their bytes: less than what the switch keeps for a port.
-const ON_THE_WAY: usize = 512;
-const BYTES_ON_THE_WAY: usize = 2 << 20;
+const ON_THE_WAY: usize = 256;
+const BYTES_ON_THE_WAY: usize = 1 << 20;
 /// Where frames that come are put; those that go are at the start.
 const ROOM: u64 = 1 << 20;
 
