@@ -197,6 +197,15 @@ fn ipv6_header(header: &Header, next: u8, from: Ipv6Addr, to: Ipv6Addr, len: usi
     ip
 }
 
+/// The header of a packet with a payload of `len` bytes; nothing if the addresses are of two kinds.
+pub(super) fn ip_header(header: &Header, len: usize) -> Vec<u8> {
+    match (header.from, header.to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => ipv4_header(header, from, to, len, 0, DONT_FRAGMENT).to_vec(),
+        (IpAddr::V6(from), IpAddr::V6(to)) => ipv6_header(header, header.protocol, from, to, len).to_vec(),
+        _ => Vec::new(),
+    }
+}
+
 fn packet(cx: &mut Context<'_>, header: &Header, ip: &[u8], parts: &[&[u8]]) -> bool {
     let ethertype = if header.to.is_ipv4() { ethertype::IPV4 } else { ethertype::IPV6 };
     let mut frame = ethernet(cx, station(cx, header.to), ethertype);

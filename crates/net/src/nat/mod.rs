@@ -14,6 +14,7 @@ mod dial;
 mod dns;
 mod emit;
 mod engine;
+mod flows;
 mod forward;
 mod fragment;
 mod handle;

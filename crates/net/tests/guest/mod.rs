@@ -27,8 +27,8 @@ pub struct Link {
     _source: Source,
     mem: GuestMem,
     pub receive: Offloads,
-    /// One of so many frames is lost, either way.
-    pub loss: Option<u64>,
+    /// One of so many frames of the machine, and for it, is lost; 0: none.
+    pub loss: (u64, u64),
     random: u64,
     /// Frames that the machine got: their lengths and what was left to do.
     pub got: Vec<(usize, VnetHeader)>,
@@ -44,7 +44,7 @@ impl Link {
         let watch = watch(&source);
         let mem = GuestMem::anonymous(0x10_0000).unwrap();
         let (got, random) = (Vec::new(), 0x1234_5678_9ABC_DEF1);
-        Self { endpoint, watch, _source: source, mem, receive, loss: None, random, got, deaf: false, moved: false }
+        Self { endpoint, watch, _source: source, mem, receive, loss: (0, 0), random, got, deaf: false, moved: false }
     }
 
     /// Takes the card out.
@@ -52,11 +52,11 @@ impl Link {
         self.endpoint = Box::new(Nothing);
     }
 
-    fn lost(&mut self) -> bool {
+    fn lost(&mut self, one_of: u64) -> bool {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
-        self.loss.is_some_and(|one_of| self.random % one_of == 0)
+        one_of > 0 && self.random.is_multiple_of(one_of)
     }
 
     /// The machine sends a frame.
@@ -148,7 +148,7 @@ impl TxToken for Tx<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let mut frame = vec![0; len];
         let result = f(&mut frame);
-        if !self.0.lost() {
+        if !self.0.lost(self.0.loss.0) {
             self.0.send(&VnetHeader::default(), &frame);
         }
         result
@@ -162,7 +162,7 @@ impl Device for Link {
     fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(Rx, Tx<'_>)> {
         loop {
             let (frame, _) = self.take()?;
-            if !self.lost() {
+            if !self.lost(self.loss.1) {
                 return Some((Rx(frame), Tx(self)));
             }
         }
@@ -238,7 +238,7 @@ impl Guest {
             if let Some(value) = done(self) {
                 return value;
             }
-            assert!(start.elapsed() < DEADLINE, "never: {what}; {:?}", self.handle.counts());
+assert!(start.elapsed() < DEADLINE, "never: {what}; {:?}", self.handle.counts());
             self.step();
         }
     }

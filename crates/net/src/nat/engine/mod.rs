@@ -40,7 +40,8 @@ pub(super) struct Engine {
     udp: Udp,
     icmp: Icmp,
     reassembly: Reassembly,
-    forwards: Vec<Forward>,
+    /// As they were asked for, and with the ports that the host chose.
+    forwards: Vec<(Forward, Forward)>,
     /// What may be left undone in frames for the machine.
     receive: Offloads,
     events: Vec<Ready>,
@@ -59,7 +60,6 @@ struct Parts<'a> {
     tcp: &'a mut Tcp,
     udp: &'a mut Udp,
     icmp: &'a mut Icmp,
-    reassembly: &'a mut Reassembly,
     events: &'a mut Vec<Ready>,
 }
 
@@ -127,7 +127,6 @@ impl Engine {
             tcp: &mut self.tcp,
             udp: &mut self.udp,
             icmp: &mut self.icmp,
-            reassembly: &mut self.reassembly,
             events: &mut self.events,
         }
     }
@@ -160,7 +159,10 @@ impl Engine {
             .into_iter()
             .flatten()
             .min();
-        if tcp.flush(cx) || more {
+        more |= tcp.flush(cx);
+        let datagrams = udp.pump(cx) | icmp.pump(cx);
+        // While frames wait, whoever takes them comes back here.
+        if more || (datagrams && cx.out.next_len().is_none()) {
             next = Some(cx.now);
         }
         self.arm(next);
@@ -255,7 +257,7 @@ impl Engine {
         udp.reset();
         icmp.reset();
         self.out.clear();
-        self.reassembly = Reassembly::default();
+        self.reassembly.reset();
         self.link = Link::default();
         self.now = None;
     }
@@ -267,28 +269,29 @@ impl Engine {
             Protocol::Tcp => tcp.listen(&cx, forward)?,
             Protocol::Udp => udp.listen(&mut cx, forward)?,
         };
-        let forward = Forward { host, ..*forward };
-        self.forwards.push(forward);
-        Ok(forward)
+        let made = Forward { host, ..*forward };
+        self.forwards.push((*forward, made));
+        Ok(made)
     }
 
     /// Ends listening for the machine.
     pub(super) fn remove_forward(&mut self, protocol: Protocol, host: std::net::SocketAddr) -> Result<()> {
-        let same = |forward: &Forward| forward.protocol == protocol && forward.host == host;
-        if !self.forwards.iter().any(same) {
+        let at = self.forwards.iter().position(|(_, made)| made.protocol == protocol && made.host == host);
+        let Some(at) = at else {
             return Err(Error::invalid("forward", host.to_string(), "there is none at this address"));
-        }
-        self.forwards.retain(|forward| !same(forward));
+        };
+        let (asked, _) = self.forwards.remove(at);
+        let Parts { mut cx, tcp, udp, .. } = self.parts();
         match protocol {
-            Protocol::Tcp => self.tcp.unlisten(host),
-            Protocol::Udp => self.udp.unlisten(host),
+            Protocol::Tcp => tcp.unlisten(host),
+            Protocol::Udp => udp.unlisten(&mut cx, &asked),
         };
         Ok(())
     }
 
     /// What it listens at for the machine.
     pub(super) fn forwards(&self) -> Vec<Forward> {
-        self.forwards.clone()
+        self.forwards.iter().map(|(_, made)| *made).collect()
     }
 
     /// All flows.

@@ -10,6 +10,7 @@ use super::wire::{Flags, Header, Segment, Seq};
 use super::{Queues, Shape};
 use crate::VnetHeader;
 use crate::nat::context::Context;
+use crate::nat::icmp::Why;
 use crate::nat::stats::{FlowInfo, FlowState};
 use crate::nat::{Limits, Protocol};
 
@@ -43,6 +44,8 @@ pub(super) enum End {
     ByGuest,
     /// The host did.
     ByHost,
+    /// The host has no way there.
+    Unreachable(Why),
     /// Nothing happened for too long.
     Timeout,
 }
@@ -297,7 +300,8 @@ impl Flow {
     /// What is to be done at this moment because of the time.
     pub(super) fn timeout(&mut self, cx: &mut Context<'_>, queues: &Queues) -> Result<(), End> {
         if cx.now >= self.patience(&cx.config.limits) {
-            return Err(End::Timeout);
+            let unanswered = self.stage == Stage::Connecting;
+            return Err(if unanswered { End::Unreachable(Why::Host) } else { End::Timeout });
         }
         if self.resend_at.is_none_or(|at| at > cx.now) {
             return Ok(());

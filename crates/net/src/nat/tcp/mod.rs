@@ -206,6 +206,9 @@ impl Tcp {
                 }
             }
             (End::ByGuest, _) => {}
+            (End::Unreachable(why), _) => {
+                open::unreachable(cx, &flow.key, Seq(flow.rcv_nxt.0.wrapping_sub(1)), why);
+            }
             (End::ByHost | End::Timeout, Stage::Connecting) => {
                 flow.control(cx, &self.queues, Flags::RST | Flags::ACK, Seq(0));
             }

@@ -1,17 +1,19 @@
 //! Connections that the machine wants: whether, and where to.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use rustix::process::{Resource, getrlimit};
 
 use super::flow::{Begin, End, Flow, Stage};
 use super::socket::Socket;
 use super::table::Key;
-use super::wire::Segment;
+use super::wire::{Flags, Header, Segment, Seq};
 use super::{Queues, Tcp, refuse};
 use crate::nat::context::{Context, Ready};
-use crate::nat::{GuestTarget, Limits, Protocol};
+use crate::nat::emit::ETHERNET;
+use crate::nat::icmp::{self, Why};
+use crate::nat::{GuestTarget, Limits, Protocol, dns};
 
 /// Most flows at once: a quarter of the files that the process may have is left to others.
 pub(super) fn max_flows(limits: &Limits) -> usize {
@@ -53,7 +55,10 @@ impl Tcp {
                     cx.stats.limited();
                 }
                 cx.stats.tcp_failed();
-                refuse(cx, &key, syn, 0);
+                match Why::of(&error).filter(|why| *why != Why::Port) {
+                    Some(why) => unreachable(cx, &key, syn.seq, why),
+                    None => refuse(cx, &key, syn, 0),
+                }
             }
         }
     }
@@ -103,8 +108,11 @@ impl Flow {
         queues: &Queues,
         ready: Ready,
     ) -> Result<(), End> {
-        if self.socket.error().is_some() {
-            return Err(End::ByHost);
+        if let Some(error) = self.socket.error() {
+            return Err(match Why::of(&error) {
+                Some(why) if why != Why::Port => End::Unreachable(why),
+                _ => End::ByHost,
+            });
         }
         if ready.writable {
             self.stage = Stage::SynReceived;
@@ -113,6 +121,15 @@ impl Flow {
         }
         Ok(())
     }
+}
+
+/// Tells the machine that its SYN does not arrive.
+pub(super) fn unreachable(cx: &mut Context<'_>, key: &Key, seq: Seq, why: Why) {
+    let mut syn = Vec::new();
+    let (from, to) = (key.guest, key.server);
+    // Of TCP's header, the ports and the sequence number are all that the machine needs.
+    Header { from, to, seq, ack: Seq(0), flags: Flags::SYN, window: 0, options: None }.write(cx.link, 0, &mut syn);
+    icmp::unreachable(cx, syn.get(ETHERNET..).unwrap_or_default(), why);
 }
 
 /// Where a connection to `server` leads; `None` if it is not allowed.
@@ -128,7 +145,10 @@ fn target<'a>(cx: &Context<'a>, server: SocketAddr) -> Option<Target<'a>> {
     if config.restrict {
         return None;
     }
-    let ip: IpAddr = cx.true_destination(server.ip())?;
-    let addr = SocketAddr::new(ip, server.port());
+    if dns::is_for(config, server) {
+        // The NAT asks the host's name server, whatever the policy says of its address.
+        return dns::server(cx).map(Target::Addr);
+    }
+    let addr = SocketAddr::new(cx.true_destination(server.ip())?, server.port());
     config.policy.allows(Protocol::Tcp, addr).then_some(Target::Addr(addr))
 }
