@@ -66,6 +66,24 @@ pub trait Port: Send + fmt::Debug {
     fn stats(&self) -> Arc<PortStats>;
 }
 
+impl<P: Port + ?Sized> Port for Box<P> {
+    fn info(&self) -> PortInfo {
+        (**self).info()
+    }
+
+    fn open(&mut self, setup: &Setup) -> Result<Vec<Box<dyn Endpoint>>> {
+        (**self).open(setup)
+    }
+
+    fn reset(&mut self) {
+        (**self).reset();
+    }
+
+    fn stats(&self) -> Arc<PortStats> {
+        (**self).stats()
+    }
+}
+
 /// What became of a frame that was transmitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sent {
@@ -96,7 +114,8 @@ pub trait Endpoint: Send {
     fn transmit(&mut self, header: &VnetHeader, frame: Frame<'_, '_>) -> Sent;
 
     /// Called after a number of frames were transmitted or received, before the worker waits or looks at other queues: the time
-    /// to answer all at once. Also called when a source was ready, before anything else.
+    /// to answer all at once. Also called when a source was ready, before anything else. It may make frames wait of which no source
+    /// tells: [`waiting`](Self::waiting) is asked once more before the worker waits.
     fn flush(&mut self) {}
 
     /// How many bytes of room the next frame for the machine needs at most; `None` if nothing waits. An endpoint that cannot know

@@ -498,12 +498,24 @@ fn bulk() -> Vec<u8> {
     (0..BULK as u32).map(|i| (i ^ (i >> 8)).wrapping_mul(0x9E37_79B1).to_be_bytes()[0]).collect()
 }
 
+/// Addresses of the server, of the client, and of the server's socket.
+type Net = [&'static str; 3];
+const V4: Net = ["10.99.0.1/24", "10.99.0.2/24", "10.99.0.1:5000"];
+const V6: Net = ["fd99::1/64 nodad", "fd99::2/64 nodad", "[fd99::1]:5000"];
+
 /// A connection between the kernel's TCP in two network namespaces, each with a tap, through a bridge in this process: bulk data
 /// one way and then the other. `check` is given the bridge and both taps afterwards.
-fn through_a_bridge(test: &str, change: fn(Bridge) -> Bridge, check: impl FnOnce(&Bridge, [&Tap; 2]) + Send) {
+fn through_a_bridge(
+    test: &str,
+    net: Net,
+    change: fn(Bridge) -> Bridge,
+    check: impl FnOnce(&Bridge, [&Tap; 2]) + Send,
+) {
     let make = |address: &str| {
         let tap = Tap::open(&TapOptions::new("join%d").up(true)).unwrap();
-        ip(&format!("addr add {address} dev {}", tap.name()));
+        let (address, flags) =
+            address.split_once(' ').map_or((address, ""), |(address, _)| (address, " nodad"));
+        ip(&format!("addr add {address} dev {}{flags}", tap.name()));
         tap
     };
     let patient = |stream: &TcpStream| {
@@ -511,16 +523,16 @@ fn through_a_bridge(test: &str, change: fn(Bridge) -> Bridge, check: impl FnOnce
         stream.set_write_timeout(Some(Duration::from_secs(30))).unwrap();
     };
     isolated(test, || {
-        let mut server_tap = make("10.99.0.1/24");
+        let mut server_tap = make(net[0]);
         let (give_tap, taps) = mpsc::channel();
         let (listening, may_connect) = mpsc::channel();
         let stop = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         thread::scope(|scope| {
             let client = scope.spawn(move || {
                 private_network().unwrap();
-                give_tap.send(make("10.99.0.2/24")).unwrap();
+                give_tap.send(make(net[1])).unwrap();
                 may_connect.recv().unwrap();
-                let mut stream = TcpStream::connect("10.99.0.1:5000").unwrap();
+                let mut stream = TcpStream::connect(net[2]).unwrap();
                 patient(&stream);
                 stream.write_all(&bulk()).unwrap();
                 stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -530,7 +542,7 @@ fn through_a_bridge(test: &str, change: fn(Bridge) -> Bridge, check: impl FnOnce
             });
             let mut client_tap = taps.recv().unwrap();
             let mut bridge = change(Bridge::open(&mut server_tap, &mut client_tap).unwrap());
-            let listener = TcpListener::bind("10.99.0.1:5000").unwrap();
+            let listener = TcpListener::bind(net[2]).unwrap();
             listening.send(()).unwrap();
             let driver = scope.spawn(|| bridge.run_until(&stop).map(|()| bridge));
             let (mut stream, _) = listener.accept().unwrap();
@@ -558,6 +570,7 @@ fn average(tap: &Tap) -> [u64; 2] {
 fn large_segments_of_tcp_pass_as_they_are() {
     through_a_bridge(
         "large_segments_of_tcp_pass_as_they_are",
+        V4,
         |bridge| bridge,
         |bridge, taps| {
             assert_eq!((bridge.counts().finished, bridge.counts().dropped), ([0, 0], [0, 0]));
@@ -568,10 +581,10 @@ fn large_segments_of_tcp_pass_as_they_are() {
     );
 }
 
-#[test]
-fn large_segments_of_tcp_are_cut_for_who_cannot_take_them() {
+fn are_cut(test: &str, net: Net) {
     through_a_bridge(
-        "large_segments_of_tcp_are_cut_for_who_cannot_take_them",
+        test,
+        net,
         |bridge| bridge.takes(Offloads::empty(), Offloads::empty()),
         |bridge, taps| {
             let counts = bridge.counts();
@@ -583,4 +596,14 @@ fn large_segments_of_tcp_are_cut_for_who_cannot_take_them() {
             }
         },
     );
+}
+
+#[test]
+fn large_segments_of_tcp_are_cut_for_who_cannot_take_them() {
+    are_cut("large_segments_of_tcp_are_cut_for_who_cannot_take_them", V4);
+}
+
+#[test]
+fn large_segments_over_ipv6_are_cut_too() {
+    are_cut("large_segments_over_ipv6_are_cut_too", V6);
 }

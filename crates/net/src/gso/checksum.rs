@@ -35,10 +35,16 @@ impl Checksum {
 
     /// Adds bytes.
     pub fn add(&mut self, bytes: &[u8]) {
-        // Words of four bytes into sums of eight: there is no carry to look after before 2^32 words, and the compiler makes
-        // vectors of it.
-        let (words, rest) = bytes.as_chunks::<4>();
-        let mut sum: u64 = words.iter().map(|word| u64::from(u32::from_ne_bytes(*word))).sum();
+        // Eight bytes at a time, as two words of four in sums of eight: there is no carry to look after before 2^32 of them, and the
+        // compiler makes vectors of it. Twice as fast as adding words of eight with their carries.
+        let (words, rest) = bytes.as_chunks::<8>();
+        let (mut low, mut high) = (0, 0);
+        for word in words {
+            let word = u64::from_ne_bytes(*word);
+            low += word & 0xFFFF_FFFF;
+            high += word >> 32;
+        }
+        let mut sum = low + high;
         let (halves, rest) = rest.as_chunks::<2>();
         sum += halves.iter().map(|half| u64::from(u16::from_ne_bytes(*half))).sum::<u64>();
         if let [last] = rest {

@@ -295,3 +295,135 @@ impl Endpoint for TapEndpoint {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+    use super::*;
+
+    /// An endpoint over a socket that keeps frames apart as a tap does, and the other end.
+    fn endpoint(vnet: bool, receive: Offloads) -> (TapEndpoint, UnixDatagram, Arc<PortStats>) {
+        let (ours, other) = UnixDatagram::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        other.set_nonblocking(true).unwrap();
+        let stats = Arc::new(PortStats::default());
+        let fd = Arc::new(ours.into());
+        (TapEndpoint::new(fd, vnet, receive, Some(1500), Arc::clone(&stats)).unwrap(), other, stats)
+    }
+
+    fn packet(header: VnetHeader, data: &[u8]) -> Vec<u8> {
+        [&header.to_bytes(), data].concat()
+    }
+
+    #[test]
+    fn a_writer_who_was_busy_is_woken() {
+        let (mut end, other, stats) = endpoint(true, Offloads::empty());
+        let epoll = Epoll::new().unwrap();
+        for source in end.sources() {
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+            epoll.ctl(ControlOperation::Add, source.as_raw_fd(), event).unwrap();
+        }
+        let mut events = [EpollEvent::default(); 4];
+        let mem = GuestMem::anonymous(0x1000).unwrap();
+        let view = mem.view();
+        let slices = [view.get_slice(GuestAddress(0), 60).unwrap()];
+        for _ in 0..3 {
+            let before = stats.counts().tx_frames;
+            while end.transmit(&VnetHeader::default(), Frame::new(&slices)) == Sent::Done {}
+            assert!(stats.counts().tx_frames > before);
+            // Whatever it told until now is old; asking for frames takes nothing of what comes.
+            while epoll.wait(0, &mut events).unwrap() > 0 {}
+            assert_eq!(end.transmit(&VnetHeader::default(), Frame::new(&slices)), Sent::Busy);
+            let mut got = [0; 100];
+            while other.recv(&mut got).is_ok() {}
+            end.waiting();
+            assert_eq!(end.receive(Frame::new(&slices)), Received::Nothing);
+            assert_eq!(end.waiting(), None);
+            assert!(epoll.wait(10_000, &mut events).unwrap() > 0);
+        }
+        assert_eq!(stats.counts().tx_dropped, 0);
+    }
+
+    #[test]
+    fn a_frame_with_more_undone_than_the_machine_allows_is_dropped() {
+        let (mut end, other, stats) = endpoint(true, Offloads::CSUM);
+        assert_eq!(end.waiting(), Some(1518), "a checksum makes no frame longer");
+        let checksum = VnetHeader { checksum: Some((34, 16)), ..VnetHeader::default() };
+        let large = VnetHeader { gso: Some(crate::Gso::Tcp4), gso_size: 1000, ..checksum };
+        other.send(&packet(large, &[1; 3000])).unwrap();
+        other.send(&[1; 60]).unwrap();
+        other.send(&packet(checksum, &[2; 60])).unwrap();
+        let mem = GuestMem::anonymous(0x1_0000).unwrap();
+        let view = mem.view();
+        let slices = [view.get_slice(GuestAddress(0), 1518).unwrap()];
+        assert_eq!(end.receive(Frame::new(&slices)), Received::Frame(60, checksum));
+        assert_eq!(end.receive(Frame::new(&slices)), Received::Nothing);
+        let counts = stats.counts();
+        assert_eq!((counts.rx_frames, counts.rx_bytes, counts.rx_dropped), (1, 60, 2));
+    }
+
+    #[test]
+    fn with_segments_allowed_it_asks_for_room_for_the_largest() {
+        let (mut end, other, _) = endpoint(true, Offloads::CSUM | Offloads::TSO4);
+        assert_eq!(end.waiting(), Some(MAX_FRAME));
+        let large = VnetHeader {
+            checksum: Some((34, 16)),
+            gso: Some(crate::Gso::Tcp4),
+            gso_size: 1000,
+            ..VnetHeader::default()
+        };
+        let data: Vec<u8> = (0..MAX_FRAME).map(|i| (i % 251).to_le_bytes()[0]).collect();
+        let mem = GuestMem::anonymous(0x4_0000).unwrap();
+        let view = mem.view();
+        // Little room, nearly enough, and all.
+        for room in [0, 1, 60_000, MAX_FRAME - 1, MAX_FRAME, MAX_FRAME + 100] {
+            other.send(&packet(large, &data)).unwrap();
+            let slices = [view.get_slice(GuestAddress(0), room).unwrap()];
+            let frame = Frame::new(&slices);
+            if room < MAX_FRAME {
+                assert_eq!(end.receive(frame), Received::NeedsRoom(MAX_FRAME));
+                assert_eq!(end.waiting(), Some(MAX_FRAME));
+            }
+            let slices = [view.get_slice(GuestAddress(0x1_8000), room.max(MAX_FRAME)).unwrap()];
+            let frame = Frame::new(&slices);
+            assert_eq!(end.receive(frame), Received::Frame(MAX_FRAME, large));
+            let mut got = vec![0; MAX_FRAME];
+            frame.read_at(0, &mut got);
+            assert!(got == data, "{room}");
+        }
+        // Longer than any.
+        other.send(&packet(large, &[data, vec![0]].concat())).unwrap();
+        let slices = [view.get_slice(GuestAddress(0), 0x2_0000).unwrap()];
+        assert_eq!(end.receive(Frame::new(&slices)), Received::Nothing);
+    }
+
+    #[test]
+    fn without_a_vnet_header_frames_are_only_frames() {
+        let (mut end, other, stats) = endpoint(false, Offloads::empty());
+        let mem = GuestMem::anonymous(0x1_0000).unwrap();
+        let view = mem.view();
+        let slices = [view.get_slice(GuestAddress(0), 60).unwrap()];
+        let frame = Frame::new(&slices);
+        frame.write_at(0, &[5; 60]);
+        end.transmit(&VnetHeader { checksum: Some((0, 0)), ..VnetHeader::default() }, frame);
+        assert_eq!(stats.counts().tx_dropped, 1);
+        end.transmit(&VnetHeader::default(), frame);
+        let mut got = [0; 100];
+        assert_eq!(other.recv(&mut got).unwrap(), 60);
+        other.send(&[6; 50]).unwrap();
+        assert_eq!(end.receive(frame), Received::Frame(50, VnetHeader::default()));
+        assert_eq!(frame.first(), Some([6; 50]));
+        other.send(&[7; 61]).unwrap();
+        other.send(&[8; 3]).unwrap();
+        assert_eq!(end.receive(frame), Received::NeedsRoom(61));
+        end.drop_next();
+        assert_eq!(end.receive(frame), Received::Frame(3, VnetHeader::default()));
+        other.send(&[9; 10]).unwrap();
+        end.drop_next();
+        assert_eq!(end.receive(frame), Received::Nothing);
+        assert_eq!(stats.counts().rx_dropped, 2);
+    }
+}
