@@ -30,7 +30,7 @@ struct Args {
     #[arg(long, value_name = "MS", default_value_t = 400, value_parser = clap::value_parser!(u64).range(10..=60_000))]
     ms: u64,
 
-    /// Only this table: linux, engine, lookup, switch or tap.
+    /// Only this table: linux, engine, lookup or switch.
     #[arg(long, value_name = "NAME")]
     table: Option<String>,
 
