@@ -7,6 +7,7 @@ mod lookup;
 mod ns;
 mod smol;
 mod switch;
+mod tap;
 mod traffic;
 mod watch;
 
@@ -30,7 +31,7 @@ struct Args {
     #[arg(long, value_name = "MS", default_value_t = 400, value_parser = clap::value_parser!(u64).range(10..=60_000))]
     ms: u64,
 
-    /// Only this table: linux, engine, lookup or switch.
+    /// Only this table: linux, engine, lookup, switch or tap.
     #[arg(long, value_name = "NAME")]
     table: Option<String>,
 
@@ -87,11 +88,12 @@ fn bench(mut args: Args) -> Fallible<()> {
     if args.quick {
         (args.rounds, args.ms) = (args.rounds.min(2), args.ms.min(50));
     }
-    let tables: [Table; 4] = [
+    let tables: [Table; 5] = [
         ("linux", linux::bench),
         ("engine", engine::bench),
         ("lookup", lookup::bench),
         ("switch", switch::bench),
+        ("tap", tap::bench),
     ];
     let mut results = Map::new();
     results.insert("bench".into(), "net".into());

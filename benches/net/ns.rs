@@ -43,6 +43,12 @@ impl Namespace {
         self.ip(&["route", "add", "default", "via", "10.0.2.2"])
     }
 
+    /// Takes the tap `name` in, without an address.
+    pub fn take_in(&self, tap: &str) -> Fallible<()> {
+        ip(&["link", "set", tap, "netns", &self.name])?;
+        self.ip(&["link", "set", tap, "up"])
+    }
+
     /// A command that runs in it.
     pub fn command(&self, program: &std::path::Path) -> Command {
         let mut command = Command::new("ip");
