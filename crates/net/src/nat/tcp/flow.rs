@@ -22,6 +22,10 @@ const MAX_RESEND: Duration = Duration::from_secs(16);
 /// How often it is asked again.
 const MAX_RETRIES: u8 = 12;
 
+/// Bytes on the way to the machine, at most. They are still in the socket, and the kernel walks over them piece by piece for each
+/// further frame; a window of megabytes would make that most of the work. It is a hundred times what fits in a round trip.
+const MAX_IN_FLIGHT: u32 = 512 << 10;
+
 /// How far a flow is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -212,7 +216,7 @@ impl Flow {
 
     /// How much more the machine takes.
     pub(super) fn usable(&self) -> u32 {
-        self.window.saturating_sub(self.nxt.beyond(self.una))
+        self.window.min(MAX_IN_FLIGHT).saturating_sub(self.nxt.beyond(self.una))
     }
 
     /// Only that the host is done is to be said again.
