@@ -127,6 +127,8 @@ fn main() -> Result<()> {
             println!("{}", fetched.bzimage.display());
             println!("{}", fetched.vmlinux.display());
             println!("{}", fetched.busybox.display());
+            println!("{}", fetched.i386.bzimage.display());
+            println!("{}", fetched.i386.busybox.display());
             Ok(())
         }
         Task::Lab { options, task } => in_lab(&options.into(), task),

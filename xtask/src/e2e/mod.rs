@@ -5,6 +5,7 @@
 
 mod cases;
 mod devices;
+mod net;
 
 use std::collections::VecDeque;
 use std::fs;
