@@ -11,6 +11,7 @@ mod lab;
 #[cfg(test)]
 mod layers;
 mod machine;
+mod net;
 mod process;
 mod repo;
 mod report;
@@ -77,6 +78,12 @@ enum Task {
         #[command(subcommand)]
         end: vsock::End,
     },
+    /// Serve, connect or send: one end of the networks' tests, in the guest or beside it.
+    #[command(hide = true)]
+    Net {
+        #[command(subcommand)]
+        program: net::Program,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -139,6 +146,7 @@ fn main() -> Result<()> {
         }
         Task::Agent { port } => lab::agent::serve(&port),
         Task::Vsock { end } => vsock::run(&end),
+        Task::Net { program } => net::run(&program),
     }
 }
 

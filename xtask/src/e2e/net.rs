@@ -6,19 +6,27 @@ use super::{After, Case, Job, Linux, Side};
 use crate::console::Console;
 use crate::machine::Asset;
 
-/// One CPU, 256 MiB and a qcow2 disk.
-const SMALL: &str = "$VMM image create -f qcow2 disk.qcow2 64M";
+/// A qcow2 disk.
+#[expect(dead_code, reason = "cases with a card follow")]
+const DISK: &str = "$VMM image create -f qcow2 disk.qcow2 64M";
+/// As [`DISK`]; and the lab's KVM does without nested paging, because QEMU 7.2's nested walk of PAE page tables sets the accessed
+/// bit in the entries of the first level, where it is reserved, and KVM then refuses them.
+const DISK_AND_SHADOW_PAGING: &str = "$VMM image create -f qcow2 disk.qcow2 64M
+    [ ! -e /modules/kvm-amd.ko ] || { rmmod kvm_amd && insmod /modules/kvm-amd.ko npt=0; }";
+/// Takes that back.
+const NESTED_PAGING: &str =
+    "[ ! -e /modules/kvm-amd.ko ] || { rmmod kvm_amd && insmod /modules/kvm-amd.ko; }";
 
 /// All cases.
 pub fn all() -> Vec<Case> {
-    let small = |name, kernel, initrd, args| Case {
+    let small = |name, kernel, initrd, setup, args| Case {
         name,
-        job: Job::Linux(Linux { initrd, setup: SMALL, args, ..Linux::new(kernel, "classic") }),
+        job: Job::Linux(Linux { initrd, setup, args, ..Linux::new(kernel, "classic") }),
         dialogue: shell,
         status: 0,
         check: classic,
     };
-    let i386 = |name, args| small(name, Asset::BzImage32, Asset::Tools32, args);
+    let i386 = |name, args| small(name, Asset::BzImage32, Asset::Tools32, DISK_AND_SHADOW_PAGING, args);
     vec![
         Case { check: classic_32, ..i386("i386_pci", "--disk path=disk.qcow2,format=qcow2") },
         Case {
@@ -50,6 +58,7 @@ fn classic(after: &After<'_>) -> Result<()> {
 
 /// As [`classic`], and kernel and user space are of 32 bits.
 fn classic_32(after: &After<'_>) -> Result<()> {
+    after.sh(NESTED_PAGING)?;
     // The last number is the class of busybox's ELF header.
     if after.lines("machine ") != ["i686 1"] {
         bail!("the guest is not a 32-bit one: {:?}", after.lines("machine "));

@@ -44,7 +44,7 @@ const DEVICE_MODULES: [&str; 25] = [
 ];
 
 /// The drivers of the 32-bit kernel, in the order in which they load. What is built into the cloud kernel is a module here.
-const MODULES_32: [&str; 19] = [
+const MODULES_32: [&str; 18] = [
     "drivers/virtio/virtio_ring",
     "drivers/virtio/virtio",
     "drivers/virtio/virtio_mmio",
@@ -55,7 +55,6 @@ const MODULES_32: [&str; 19] = [
     "net/core/failover",
     "drivers/net/net_failover",
     "drivers/net/virtio_net",
-    "drivers/char/hw_random/rng-core",
     "drivers/char/hw_random/virtio-rng",
     "drivers/misc/pvpanic/pvpanic",
     "drivers/misc/pvpanic/pvpanic-mmio",
