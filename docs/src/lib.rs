@@ -6,6 +6,8 @@ pub mod architecture {}
 pub mod getting_started {}
 #[doc = include_str!("../storage.md")]
 pub mod storage {}
+#[doc = include_str!("../networking.md")]
+pub mod networking {}
 #[doc = include_str!("../devices.md")]
 pub mod devices {}
 #[doc = include_str!("../performance.md")]

@@ -20,6 +20,7 @@ use crate::control::{Controls, limiter};
 use crate::demo;
 use crate::disk::{DiskSpec, Format};
 use crate::failure::Failure;
+use crate::net::{self, Pump, Threads};
 
 /// The most disks: as many as there are letters. A transport may have less room.
 const MAX_DISKS: usize = 26;
@@ -37,6 +38,8 @@ pub(crate) struct Attached {
     pub(crate) controls: Controls,
     /// The virtio console, if there is one.
     pub(crate) console: Option<ConsoleHandle>,
+    /// What joins switches with those of other processes, and who is to drive it; nobody: the machine.
+    pub(crate) pumps: Vec<(Pump, Option<Arc<Threads>>)>,
     transport: Transport,
 }
 
@@ -48,9 +51,11 @@ impl Attached {
             cli::Transport::Mmio => Transport::Mmio,
         };
         let mut attached =
-            Self { plugs: Vec::new(), controls: Controls::default(), console: None, transport };
+            Self { plugs: Vec::new(), controls: Controls::default(), console: None, pumps: Vec::new(), transport };
+        net::check(&args.nets)?;
         room(args)?;
         attached.disks(args)?;
+        attached.nets(args)?;
         if args.console == ConsoleKind::Virtio {
             let device = console.virtio()?;
             attached.console = Some(device.handle());
@@ -154,6 +159,16 @@ impl Attached {
         self.device_on(device, &name, spawner);
     }
 
+    fn nets(&mut self, args: &Run) -> Result<(), Failure> {
+        let (cards, nics) = net::attach(&args.nets)?;
+        self.controls.nics = nics;
+        for card in cards {
+            self.pumps.extend(card.pump.map(|pump| (pump, card.threads.clone())));
+            self.device_on(card.device, &card.name, card.threads.map(|threads| threads as Arc<dyn Spawn>));
+        }
+        Ok(())
+    }
+
     fn device(&mut self, device: impl VirtioDevice + 'static, name: &str) {
         self.device_on(device, name, None);
     }
@@ -183,7 +198,8 @@ fn room(args: &Run) -> Result<(), Failure> {
         args.vsock.is_some(),
         args.memory_hotplug.is_some(),
     ];
-    let asked = args.disks.len() + args.pmems.len() + single.iter().filter(|asked| **asked).count();
+    let many = args.disks.len() + args.pmems.len() + net::count(&args.nets);
+    let asked = many + single.iter().filter(|asked| **asked).count();
     match args.transport {
         cli::Transport::Mmio if asked > ROOM_ON_MMIO => Err(Failure::usage(format!(
             "{asked} virtio devices are too many: MMIO has room for {ROOM_ON_MMIO}, and --transport pci for {ROOM_ON_PCI}"

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::control::Ctl;
 use crate::disk::DiskSpec;
+use crate::net::{self, NetSpec};
 use crate::size;
 use crate::specs::{BalloonSpec, HotplugSpec, PmemSpec, RngSpec, VsockSpec};
 
@@ -38,8 +39,10 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run a virtual machine with its console on this terminal.
     Run(Box<Run>),
-    /// Ask a running machine: statistics, disks, balloon, memory.
+    /// Ask a running machine: statistics, disks, balloon, memory, network.
     Ctl(Ctl),
+    /// Show and change the network of a running machine: cards, forwards, flows, counters, links.
+    Net(net::Net),
     /// Tell what this host can do for virtual machines, and how to mend what it cannot.
     Doctor(Doctor),
     /// Make, describe, check and convert disk images.
@@ -57,6 +60,9 @@ Examples:
       Boot from a disk; the second disk cannot be written.
   freestone run --kernel vmlinux --disk path=root.qcow2,format=qcow2,queues=2 --control vm.ctl
       Boot from a qcow2 image with two queues; `freestone ctl vm.ctl stats` shows what they do.
+  freestone run --kernel vmlinuz --memory 256M --cpus 1 --disk root.qcow2,format=qcow2 \\
+      --net user,hostfwd=tcp::1234-:22
+      The classic small machine: it reaches the net, and port 1234 of this host is its port 22.
   freestone run --rng --vsock vm.sock
       Entropy and sockets to the host.
 
@@ -116,6 +122,28 @@ pub(crate) struct Run {
     /// further files that it names.
     #[arg(long = "disk", value_name = "FILE[,OPTION...]", value_parser = clap::value_parser!(DiskSpec))]
     pub(crate) disks: Vec<DiskSpec>,
+
+    /// Attach a network card. May be repeated: they are net0, net1, and so on. What it is plugged into comes first:
+    ///
+    /// user: the guest goes out by connections of this process, with DHCP and DNS and no privileges.
+    /// hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT leads a port of the host to the guest, guestfwd=tcp:ADDR:PORT-TARGET an address in
+    /// the guest's network to cmd:PROGRAM, unix:PATH or tcp:ADDR:PORT. allow= and deny=NETWORK[:PORTS][/tcp|udp] decide in order
+    /// what it may reach; restrict=on shuts it in. Addresses: net=10.0.2.0/24, host=, guest= (or dhcpstart=), dns=, ipv6-net=,
+    /// ipv6-host=, ipv6-dns=, ipv4=off, ipv6=off. Names: hostname=, domainname=, resolver=ADDR[:PORT]. Limits: max-tcp=N, max-udp=N.
+    ///
+    /// tap=NAME: an interface of the host, which is made if it is not there; up=on brings it up. tap,fd=N: a descriptor of one.
+    ///
+    /// switch=NAME or switch=PATH: a switch that machines share. Options: vlan=N; trunk=N+N-N (vlan= is then that of frames without
+    /// a tag); isolated=on.
+    ///
+    /// stream=PATH: a socket with QEMU, passt or another machine at its other end. Options: server=on; reconnect=SECONDS or off.
+    ///
+    /// none: no card.
+    ///
+    /// Options of every card: mac=52:54:00:00:00:01; mtu=N; queues=N; pcap=FILE records all frames; bandwidth=SIZE and iops=N limit
+    /// each way in a second, rx-bandwidth=, rx-iops=, tx-bandwidth=, tx-iops= one; link=off; thread=on or off; id=NAME.
+    #[arg(long = "net", value_name = "KIND[,OPTION...]", value_parser = clap::value_parser!(NetSpec))]
+    pub(crate) nets: Vec<NetSpec>,
 
     /// Attach an entropy source (/dev/hwrng). Options: bandwidth=SIZE and iops=N limit what the guest gets in a second.
     #[arg(long, value_name = "OPTION,...", num_args = 0..=1, default_missing_value = "on")]

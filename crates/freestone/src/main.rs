@@ -11,6 +11,7 @@ mod doctor;
 mod failure;
 mod image;
 mod log;
+mod net;
 mod options;
 mod probe;
 mod run;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     let outcome = log::to_stderr(&cli.log).and_then(|()| match &cli.command {
         Command::Run(args) => run::run(args),
         Command::Ctl(args) => control::ctl(args),
+        Command::Net(args) => control::net(args),
         Command::Doctor(args) => doctor::doctor(args),
         Command::Image(args) => image::image(args),
     });

@@ -11,6 +11,11 @@ impl Options {
     /// Splits `text` at commas; two commas in a row stand for one that belongs to a value. With `first`, a first part without
     /// `=` is the value of that key.
     pub(crate) fn parse(text: &str, first: Option<&str>) -> Result<Self, String> {
+        Self::parse_repeated(text, first, &[])
+    }
+
+    /// The same, where the keys `repeated` may be given more than once.
+    pub(crate) fn parse_repeated(text: &str, first: Option<&str>, repeated: &[&str]) -> Result<Self, String> {
         let mut options = Self { parts: Vec::new() };
         for (number, part) in split(text).into_iter().enumerate() {
             let (key, value) = match (part.split_once('='), first) {
@@ -21,7 +26,8 @@ impl Options {
             if key.is_empty() {
                 return Err(format!("{text:?} has an empty option"));
             }
-            if options.parts.iter().any(|(other, _)| *other == key) {
+            let again = options.parts.iter().any(|(other, _)| *other == key);
+            if again && !repeated.contains(&key.as_str()) {
                 return Err(format!("{key:?} is given twice"));
             }
             options.parts.push((key, value));
@@ -32,10 +38,29 @@ impl Options {
     /// Takes the text of `key`.
     pub(crate) fn text(&mut self, key: &str) -> Result<Option<String>, String> {
         let Some(at) = self.parts.iter().position(|(other, _)| other == key) else { return Ok(None) };
-        match self.parts.swap_remove(at) {
+        match self.parts.remove(at) {
             (_, Some(value)) if !value.is_empty() => Ok(Some(value)),
             _ => Err(format!("{key:?} needs a value: {key}=...")),
         }
+    }
+
+    /// Takes every value of `keys` in the order in which they were given, read by `parse` which is told the key.
+    pub(crate) fn each<T>(
+        &mut self,
+        keys: &[&str],
+        mut parse: impl FnMut(&str, &str) -> Result<T, String>,
+    ) -> Result<Vec<T>, String> {
+        let mut values = Vec::new();
+        while let Some((key, _)) = self.parts.iter().find(|(key, _)| keys.contains(&key.as_str())) {
+            let key = key.clone();
+            values.extend(self.with(&key, |text| parse(&key, text))?);
+        }
+        Ok(values)
+    }
+
+    /// Whether `key` is there and was not taken.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.parts.iter().any(|(other, _)| other == key)
     }
 
     /// Takes the value of `key`, read by `parse`.
@@ -51,18 +76,23 @@ impl Options {
     /// Takes a switch: `key`, `key=on` or `key=off`.
     pub(crate) fn switch(&mut self, key: &str) -> Result<Option<bool>, String> {
         let Some(at) = self.parts.iter().position(|(other, _)| other == key) else { return Ok(None) };
-        match self.parts.swap_remove(at).1.as_deref() {
+        match self.parts.remove(at).1.as_deref() {
             None | Some("on") => Ok(Some(true)),
             Some("off") => Ok(Some(false)),
             Some(other) => Err(format!("{key}={other}: say on or off")),
         }
     }
 
+    /// An option that was not taken.
+    pub(crate) fn left(&self) -> Option<&str> {
+        self.parts.first().map(|(key, _)| key.as_str())
+    }
+
     /// Fails if an option was not taken. `known` names those there are.
     pub(crate) fn finish(self, known: &str) -> Result<(), String> {
-        match self.parts.first() {
+        match self.left() {
             None => Ok(()),
-            Some((key, _)) => Err(format!("{key:?} is no option here; there are: {known}")),
+            Some(key) => Err(format!("{key:?} is no option here; there are: {known}")),
         }
     }
 }
@@ -104,6 +134,17 @@ mod tests {
         let mut options = Options::parse("path=a,,b.img,ro=off", None).unwrap();
         assert_eq!(options.text("path").unwrap().as_deref(), Some("a,b.img"));
         assert_eq!(options.switch("ro"), Ok(Some(false)));
+    }
+
+    #[test]
+    fn keys_that_may_be_repeated_keep_their_order() {
+        let mut options = Options::parse_repeated("a=1,b=2,c=9,a=3", None, &["a", "b"]).unwrap();
+        let both = options.each(&["a", "b"], |key, text| Ok(format!("{key}{text}"))).unwrap();
+        assert_eq!(both, ["a1", "b2", "a3"]);
+        assert!(options.has("c") && !options.has("a"));
+        assert!(Options::parse_repeated("c=1,c=2", None, &["a"]).unwrap_err().contains("\"c\" is given twice"));
+        let mut options = Options::parse_repeated("a=1,a=x", None, &["a"]).unwrap();
+        assert!(options.each(&["a"], |_, text| number(text)).unwrap_err().contains("a=x: not a number"));
     }
 
     #[test]

@@ -4,11 +4,13 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use freestone_kvm::Kvm;
 use freestone_vmm::devices::{I8042Plug, PciRootPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug};
 use freestone_vmm::loader;
 use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
+use freestone_vmm::bus::{self, ThreadSpawner};
 use freestone_vmm::{ExitReason, FileSource, MachineBuilder, Payload};
 
 use crate::attach::Attached;
@@ -17,6 +19,7 @@ use crate::console::{Console, FollowSize};
 use crate::control::ControlServer;
 use crate::failure::{FAILURE, Failure};
 use crate::signals::StopOnSignal;
+use crate::net::{Pump, Threads};
 use crate::{size, stats};
 
 /// Runs a machine until it ends.
@@ -48,17 +51,29 @@ pub(crate) fn run(args: &Run) -> Result<ExitCode, Failure> {
     }
     let mut machine = builder.payload(payload).build()?;
 
+    let drive = |(pump, threads): (Pump, Option<Arc<Threads>>)| match threads {
+        Some(threads) => Ok(bus::spawn(&*threads, pump)?),
+        None => Ok::<_, Failure>(machine.drive(pump)?),
+    };
+    let _pumps = attached.pumps.into_iter().map(drive).collect::<Result<Vec<_>, _>>()?;
     let terminal = console.attach(machine.handle())?;
     let signals = StopOnSignal::install(machine.handle())
         .map_err(|e| Failure::new(format!("cannot catch signals: {e}")))?;
     let _signals = machine.drive(signals)?;
     let _size =
         attached.console.map(FollowSize::install).transpose()?.map(|work| machine.drive(work)).transpose()?;
+    // What answers some questions is driven by the machine's event loop perhaps: who waits for the answer is not.
+    let control_thread = (args.control.is_some() && attached.controls.nics.ask_threads())
+        .then(|| ThreadSpawner::new("control"))
+        .transpose()?;
     let _control = match &args.control {
         Some(path) => {
             let server = ControlServer::bind(path, attached.controls)
                 .map_err(|e| Failure::new(format!("cannot listen for control at {}: {e}", path.display())))?;
-            Some(machine.drive(server)?)
+            Some(match &control_thread {
+                Some(thread) => bus::spawn(thread, server)?,
+                None => machine.drive(server)?,
+            })
         }
         None => None,
     };

@@ -3,10 +3,11 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn freestone(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_freestone"));
@@ -27,12 +28,12 @@ fn built_in_guest(transport: &str, place: &str) {
     let dir = tempfile::tempdir().unwrap();
     File::create(dir.path().join("disk.img")).unwrap().set_len(4 << 20).unwrap();
     File::create(dir.path().join("pmem.img")).unwrap().set_len(2 << 20).unwrap();
-    let args = "--disk disk.img,ro --rng --balloon --vsock v.sock --pmem pmem.img --memory-hotplug 256M";
+    let args = "--disk disk.img,ro --rng --balloon --vsock v.sock --pmem pmem.img --memory-hotplug 256M --net user";
     let args: Vec<_> = ["run", "--transport", transport].into_iter().chain(args.split(' ')).collect();
     let output = freestone(dir.path(), &args).output().unwrap();
     let said = said(&output);
     assert_eq!(output.status.code(), Some(0), "{said}");
-    for device in ["blk", "balloon", "pmem", "mem", "rng", "vsock"] {
+    for device in ["blk", "net", "balloon", "pmem", "mem", "rng", "vsock"] {
         assert!(said.contains(&format!("virtio-{device} at {place}")), "{device}: {said}");
     }
     for part in ["ok      rng", "id \"vdb\"", " 0 failed"] {
@@ -129,6 +130,93 @@ fn a_running_machine_answers_and_is_changed() {
         (&["disk", "vdb", "refresh"], "there is no disk \"vdb\"; there are: vda"),
     ] {
         let output = machine.run(&[&["ctl", "ctl"], args].concat());
+        let said = said(&output);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(part) && said.lines().count() == 1, "{part}: {said}");
+    }
+    assert_eq!(machine.quit(), Some(0));
+}
+
+#[test]
+fn the_network_of_a_running_machine_is_shown_and_changed() {
+    if no_kvm("the_network_of_a_running_machine_is_shown_and_changed") {
+        return;
+    }
+    let machine = Waiting::new(&[
+        "--net",
+        "user,hostfwd=tcp:127.0.0.1:0-:22,rx-bandwidth=10M",
+        "--net",
+        "user,id=lan,net=192.168.7.0/24,ipv6=off,mac=52:54:00:00:00:07,link=off,pcap=lan.pcap",
+    ]);
+    let net = |args: &[&str]| -> Value {
+        let output = machine.run(&[&["net", "ctl", "--json"], args].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let nics = &net(&[])["nics"];
+    let (first, second) = (&nics[0], &nics[1]);
+    assert_eq!((&first["id"], &first["mac"]), (&json!("net0"), &json!("52:54:00:12:34:56")));
+    assert_eq!((&first["link"], &first["limits"]["rx_bandwidth"]), (&json!(true), &json!(10 << 20)));
+    assert_eq!(first["user"]["ipv4"]["guest"], "10.0.2.15");
+    assert_eq!((&second["id"], &second["mac"]), (&json!("lan"), &json!("52:54:00:00:00:07")));
+    assert_eq!((&second["link"], &second["user"]["ipv4"]["gateway"]), (&json!(false), &json!("192.168.7.2")));
+    assert!(machine.dir.path().join("lan.pcap").exists());
+    let forward = &first["user"]["forwards"][0];
+    let chosen: std::net::SocketAddr = forward["host"].as_str().unwrap().parse().unwrap();
+    assert_ne!(chosen.port(), 0, "{forward}");
+    TcpStream::connect(chosen).unwrap();
+
+    assert_eq!(net(&["link", "lan", "on"])["link"], true);
+    assert_eq!(net(&["limit", "net0", "--tx-iops", "7"])["tx_iops"], 7);
+    assert_eq!(net(&["limit", "net0"])["rx_bandwidth"], Value::Null);
+    assert_eq!(net(&["announce", "net0"])["told"], false, "no driver of this guest could do that");
+    assert_eq!(net(&["flows"])["total"], 0);
+    let output = machine.run(&["net", "ctl"]);
+    let said = said(&output);
+    for part in ["net0  user  52:54:00:12:34:56  up", "lan: guest 192.168.7.15/24", "recorded in lan.pcap"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert_eq!(machine.quit(), Some(0));
+}
+
+#[test]
+fn forwards_come_and_go_while_a_machine_runs() {
+    if no_kvm("forwards_come_and_go_while_a_machine_runs") {
+        return;
+    }
+    let machine = Waiting::new(&["--net", "user"]);
+    let added = machine.ask(&["net", "forward", "add", "tcp:127.0.0.1:0-:80"]);
+    let host: std::net::SocketAddr = added["host"].as_str().unwrap().parse().unwrap();
+    TcpStream::connect(host).unwrap();
+    let listed = machine.ask(&["net", "forwards"]);
+    assert_eq!(listed["nics"][0]["forwards"][0]["host"], added["host"], "{listed}");
+
+    let taken = machine.run(&["net", "ctl", "forward", "add", &format!("tcp:{host}-:81")]);
+    let said = said(&taken);
+    assert_eq!(taken.status.code(), Some(1), "{said}");
+    assert!(said.contains(&host.to_string()) && said.lines().count() == 1, "{said}");
+
+    machine.ask(&["net", "forward", "remove", &format!("tcp:{host}")]);
+    assert!(TcpStream::connect(host).is_err());
+    let listed = machine.ask(&["net", "forwards"]);
+    assert_eq!(listed["nics"][0]["forwards"], json!([]));
+    assert_eq!(machine.quit(), Some(0));
+}
+
+#[test]
+fn what_a_network_cannot_do_is_refused_in_one_line() {
+    if no_kvm("what_a_network_cannot_do_is_refused_in_one_line") {
+        return;
+    }
+    let machine = Waiting::new(&["--net", "user", "--net", "user"]);
+    for (args, part) in [
+        (&["link", "net7", "off"][..], "there is no network card \"net7\"; there are: net0, net1"),
+        (&["forward", "add", "tcp::0-:22"], "say which network card: --nic net0, net1"),
+        (&["forward", "add", "tcp:22", "--nic", "net0"], "\"tcp:22\" is no forward"),
+        (&["forward", "remove", "tcp::22", "--nic", "net1"], "no forward \"tcp::22\"; there are: none"),
+        (&["flows", "--nic", "vda"], "no network card \"vda\""),
+    ] {
+        let output = machine.run(&[&["net", "ctl"], args].concat());
         let said = said(&output);
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains(part) && said.lines().count() == 1, "{part}: {said}");

@@ -76,6 +76,84 @@ fn options_of_devices_that_cannot_be_are_usage_errors_that_name_them() {
 }
 
 #[test]
+fn networks_that_cannot_be_are_usage_errors_that_name_option_and_value() {
+    for (value, parts) in [
+        ("", &["user, tap=NAME, switch=NAME, stream=PATH and none"][..]),
+        ("bridge", &["\"bridge\"", "user, tap=NAME"]),
+        ("user,frob=1", &["\"frob\"", "hostfwd, guestfwd, restrict, allow, deny", "mac, mtu"]),
+        ("tap=t0,hostfwd=tcp::1-:1", &["\"hostfwd\" is an option of user, not of tap"]),
+        ("user,queues=4", &["queues=4", "one pair"]),
+        ("user,hostfwd=tcp:22", &["hostfwd=tcp:22: "]),
+        ("user,hostfwd=tcp::99999-:22", &["hostfwd=tcp::99999-:22: ", "65535"]),
+        ("user,guestfwd=tcp:10.0.2.100:80-chardev", &["guestfwd=tcp:10.0.2.100:80-chardev: "]),
+        ("user,net=10.0.2.0/31", &["net=10.0.2.0/31", "8 to 29"]),
+        ("user,dns=192.0.2.1", &["dns=192.0.2.1", "10.0.2.0/24"]),
+        ("user,allow=example.org", &["allow=example.org: "]),
+        ("user,deny=10.0.0.1/8", &["deny=10.0.0.1/8: ", "10.0.0.0/8"]),
+        ("user,restrict=yes", &["restrict=yes", "on or off"]),
+        ("user,mac=52:54:00", &["mac=52:54:00", "six bytes"]),
+        ("user,mtu=576", &["mtu=576", "1280"]),
+        ("user,rx-bandwidth=0", &["rx-bandwidth=0"]),
+        ("tap", &["tap=tap0"]),
+        ("tap=an-interface-with-a-name", &["tap=an-interface-with-a-name", "1 to 15"]),
+        ("switch=lan0,vlan=4095", &["vlan=4095", "1 to 4094"]),
+        ("stream=s,server=on,reconnect=5", &["reconnect="]),
+    ] {
+        refused(&["run", "--net", value], 2, &[&["--net"], parts].concat());
+    }
+}
+
+#[test]
+fn network_cards_that_exclude_one_another_are_usage_errors() {
+    if no_kvm("network_cards_that_exclude_one_another_are_usage_errors") {
+        return;
+    }
+    for (one, other, part) in [
+        ("user", "none", "--net none"),
+        ("user", "user,id=net0", "two network cards have id net0"),
+        ("tap=tap0", "tap=tap0", "two network cards have tap tap0"),
+        ("user,hostfwd=tcp::1-:1", "user,hostfwd=tcp::1-:2", "hostfwd tcp:0.0.0.0:1"),
+    ] {
+        refused(&["run", "--net", one, "--net", other], 2, &[part]);
+    }
+    refused(&["run", "--transport", "mmio"].into_iter().chain(["--net", "user"].repeat(19)).collect::<Vec<_>>(), 2, &["20 virtio devices"]);
+}
+
+#[test]
+fn networks_that_the_host_does_not_give_are_named_with_the_reason() {
+    if no_kvm("networks_that_the_host_does_not_give_are_named_with_the_reason") {
+        return;
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let host = taken.local_addr().unwrap();
+    let net = format!("user,hostfwd=tcp:{host}-:22");
+    refused(&["run", "--net", &net], 1, &[&format!("tcp:{host}"), "in use"]);
+    refused(&["run", "--net", "user,pcap=/nonexistent/a.pcap"], 1, &["/nonexistent/a.pcap", "No such file"]);
+    refused(&["run", "--net", "stream=/nonexistent/s,reconnect=off"], 1, &["/nonexistent/s", "No such file"]);
+    refused(&["run", "--net", "tap,fd=99"], 1, &["descriptor 99", "Bad file descriptor"]);
+}
+
+#[test]
+fn a_tap_that_this_user_may_not_open_is_refused_with_what_to_do() {
+    let test = "a_tap_that_this_user_may_not_open_is_refused_with_what_to_do";
+    if no_kvm(test) {
+        return;
+    }
+    // Without the capability, as an ordinary user: the bounding set is what root loses as well.
+    let program = env!("CARGO_BIN_EXE_freestone");
+    let mut command = Command::new("setpriv");
+    let output = command
+        .args(["--bounding-set=-net_admin", "--inh-caps=-net_admin", program, "run", "--net", "tap=fs-no-tap"])
+        .stdin(Stdio::null())
+        .output();
+    let Ok(output) = output else { return freestone_testkit::skip(test, "there is no setpriv") };
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("fs-no-tap") && error.lines().count() == 1, "{error}");
+    assert!(error.contains("permitted") || error.contains("/dev/net/tun"), "{error}");
+}
+
+#[test]
 fn more_devices_than_a_transport_has_room_for_are_refused_with_the_number() {
     if no_kvm("more_devices_than_a_transport_has_room_for_are_refused_with_the_number") {
         return;
@@ -104,6 +182,8 @@ fn help_and_version_succeed_on_standard_output() {
         &["--help"][..],
         &["run", "--help"],
         &["ctl", "--help"],
+        &["ctl", "vm.ctl", "net", "--help"],
+        &["net", "--help"],
         &["doctor", "--help"],
         &["image", "--help"],
         &["--version"],
@@ -114,7 +194,7 @@ fn help_and_version_succeed_on_standard_output() {
         assert!(!output.stdout.contains(&0x1b), "{args:?}: colours are for terminals");
     }
     let help = String::from_utf8(freestone(&["run", "--help"]).stdout).unwrap();
-    for part in ["--kernel", "--disk", "--transport", "--rng", "--vsock", "Examples:", "Exit status:"] {
+    for part in ["--kernel", "--disk", "--transport", "--net", "hostfwd=", "--rng", "--vsock", "Examples:", "Exit status:"] {
         assert!(help.contains(part), "{part}");
     }
 }
@@ -267,4 +347,9 @@ fn a_machine_that_cannot_be_reached_is_named_with_the_reason() {
     refused(&["ctl", text(&file), "balloon", "1Q"], 2, &["'1Q'", "not a unit"]);
     refused(&["ctl", text(&file), "disk", "vda", "limit", "--iops", "0"], 2, &["'0'", "--iops"]);
     refused(&["ctl", text(&file), "fly"], 2, &["'fly'"]);
+    refused(&["net", "/nonexistent/ctl"], 1, &["/nonexistent/ctl", "No such file"]);
+    refused(&["net", text(&file), "flows"], 1, &[text(&file), "refused"]);
+    refused(&["net", text(&file), "link", "net0", "up"], 2, &["'up'", "on, off"]);
+    refused(&["net", text(&file), "limit", "net0", "--rx-iops", "0"], 2, &["'0'", "--rx-iops"]);
+    refused(&["net", text(&file), "forward", "change"], 2, &["'change'"]);
 }

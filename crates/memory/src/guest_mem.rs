@@ -26,6 +26,12 @@ pub type MemoryView = GuestMemoryLoadGuard<MemoryMap>;
 /// Some bytes of guest memory, as a [`MemoryView`] hands them out; what [`crate::io`] reads into and writes from.
 pub type MemorySlice<'a> = VolatileSlice<'a, BS<'a, Option<AtomicBitmap>>>;
 
+/// Memory of our own as a slice of guest memory that nobody logs, for code that takes such slices.
+pub fn own_slice(bytes: &mut [u8]) -> MemorySlice<'_> {
+    // SAFETY: the bytes are borrowed mutably for the lifetime of the slice: valid, writable, and nobody else's.
+    unsafe { VolatileSlice::with_bitmap(bytes.as_mut_ptr(), bytes.len(), None, None) }
+}
+
 /// Guest memory: a cheap, clonable handle over vm-memory.
 ///
 /// All clones are the same memory. It is unmapped when the last clone, view and slice is gone.

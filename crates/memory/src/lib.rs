@@ -13,7 +13,7 @@ mod region;
 pub use backing::{Backing, HugePageSize};
 pub use dirty::{DirtyLog, DirtyPages};
 pub use error::{Error, Result};
-pub use guest_mem::{GuestMem, GuestMemBuilder, MemoryMap, MemorySlice, MemoryView, Region};
+pub use guest_mem::{GuestMem, GuestMemBuilder, MemoryMap, MemorySlice, MemoryView, Region, own_slice};
 pub use region::{FileMapping, RegionBuilder};
 // vm-memory's vocabulary is part of our API on purpose: a device written for it works here.
 pub use vm_memory::{

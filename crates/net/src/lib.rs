@@ -22,6 +22,7 @@ pub mod switch;
 #[cfg(feature = "tap")]
 pub mod tap;
 
+pub use bridge::{Bridge, BridgeCounts};
 pub use counters::{PortCounts, PortStats};
 pub use error::{Error, Result};
 pub use frame::Frame;

@@ -10,7 +10,7 @@ use std::fmt;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use crate::{Frame, MacAddr, Offloads, PortStats, Result, VnetHeader};
+use crate::{Error, Frame, MacAddr, Offloads, PortStats, Result, VnetHeader};
 
 /// A file descriptor whose readiness makes an endpoint worth asking. Watched for edges.
 pub type Source = Arc<dyn AsRawFd + Send + Sync>;
@@ -59,6 +59,30 @@ pub trait Port: Send + fmt::Debug {
     /// If the host does not give what the port needs now.
     fn open(&mut self, setup: &Setup) -> Result<Vec<Box<dyn Endpoint>>>;
 
+    /// The driver changed what may be left undone in frames that it receives, while the port is open: `receive` is part of that in
+    /// the last [`Setup`], and holds for all that is received after this returned. A driver that asks a port which cannot do this is
+    /// told that it failed.
+    ///
+    /// # Errors
+    /// If the port cannot; what was in force stays so.
+    fn set_receive(&mut self, receive: Offloads) -> Result<()> {
+        Err(Error::invalid(
+            "offloads",
+            format!("{receive:?}"),
+            "this port cannot change them while it is open",
+        ))
+    }
+
+    /// From now on the driver looks only at the first `pairs` pairs of queues for frames, while the port is open with more. Frames
+    /// that come for the other endpoints all the same are dropped. After [`open`](Self::open) all are looked at.
+    ///
+    /// # Errors
+    /// If the port cannot; what was in force stays so.
+    fn set_active_pairs(&mut self, pairs: u16) -> Result<()> {
+        let _ = pairs;
+        Ok(())
+    }
+
     /// The driver reset the card: what the network remembers of the machine may be forgotten.
     fn reset(&mut self) {}
 
@@ -103,7 +127,8 @@ pub trait Endpoint: Send {
     /// says the most there can be.
     fn waiting(&mut self) -> Option<usize>;
 
-    /// Puts the next frame for the machine into `room`, which may be less than [`waiting`](Self::waiting) said.
+    /// Puts the next frame for the machine into `room`, which may be less than [`waiting`](Self::waiting) said, or nothing at all:
+    /// that asks whether there is a frame. Called again with as little room after [`Received::NeedsRoom`], it says so again.
     fn receive(&mut self, room: Frame<'_, '_>) -> Received;
 
     /// Drops the frame for which there never will be room, and counts it.

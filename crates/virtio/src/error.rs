@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 /// What can go wrong with a virtio device.
 ///
-/// Everything but [`Io`](Self::Io), [`Wiring`](Self::Wiring), [`File`](Self::File), [`PmemSize`](Self::PmemSize) and
-/// [`Config`](Self::Config) is the driver's doing: the device then stops and sets DEVICE_NEEDS_RESET.
+/// Everything but [`Io`](Self::Io), [`Wiring`](Self::Wiring), [`File`](Self::File), [`PmemSize`](Self::PmemSize),
+/// `Port` and [`Config`](Self::Config) is the driver's doing: the device then stops and sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -140,6 +140,16 @@ pub enum Error {
         path: PathBuf,
         /// Its size in bytes.
         size: u64,
+    },
+    /// The port of a network card cannot be used.
+    #[cfg(feature = "net")]
+    #[error("cannot {op}")]
+    Port {
+        /// What was being done.
+        op: &'static str,
+        /// Why it failed.
+        #[source]
+        source: freestone_net::Error,
     },
     /// The device was configured with something impossible.
     #[error("device {device}: {reason}")]

@@ -46,6 +46,8 @@ pub use error::{Error, Result};
 #[cfg(feature = "mem")]
 pub use mem::{Mem, MemConfig, MemHandle};
 pub use mmio::{MmioTransport, MmioWiring, VirtioMmioPlug};
+#[cfg(feature = "net")]
+pub use net::{Net, NetConfig, NetCounts, NetHandle, NetStats};
 pub use pci::{PciTransport, PciWiring, VirtioPciPlug};
 pub use plug::{Transport, VirtioPlug};
 #[cfg(feature = "pmem")]

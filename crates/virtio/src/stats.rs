@@ -203,6 +203,13 @@ impl QueueStats {
         add(&self.bytes_in, bytes.into());
     }
 
+    /// Takes [`count_taken`](Self::count_taken) back.
+    #[inline]
+    pub(crate) fn uncount_taken(&self, bytes: u32) {
+        add(&self.requests, 1u64.wrapping_neg());
+        add(&self.bytes_in, u64::from(bytes).wrapping_neg());
+    }
+
     #[inline]
     pub(crate) fn count_done(&self, bytes: u32) {
         add(&self.completed, 1);

@@ -7,7 +7,8 @@
     feature = "balloon",
     feature = "vsock",
     feature = "pmem",
-    feature = "mem"
+    feature = "mem",
+    feature = "net"
 ))]
 
 #[cfg(feature = "blk")]
@@ -306,4 +307,111 @@ mod mem {
 
     conformance!(plain, crate::mem::mem());
     conformance!(small_queue, crate::mem::small_queue());
+}
+
+#[cfg(feature = "net")]
+mod net {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use freestone_net::{
+        Endpoint, Frame, Offloads, Port, PortInfo, PortStats, Received, Result, Sent, Setup, Source,
+        VnetHeader,
+    };
+    use freestone_virtio::net::{Net, NetConfig};
+    use freestone_virtio::rate::{RateLimiter, TokenBucket};
+
+    /// A network in which every frame comes back, one waits at first, and every third frame must be offered twice.
+    #[derive(Debug)]
+    struct Mirror {
+        offloads: Offloads,
+    }
+
+    impl Port for Mirror {
+        fn info(&self) -> PortInfo {
+            let offloads = self.offloads;
+            PortInfo { max_pairs: 4, transmit: offloads, receive: offloads, mtu: Some(1500), mac: None }
+        }
+
+        fn open(&mut self, setup: &Setup) -> Result<Vec<Box<dyn Endpoint>>> {
+            let end = |_| Box::new(End { frames: vec![vec![0xff; 100]], offered: 0 }) as Box<dyn Endpoint>;
+            Ok((0..setup.pairs).map(end).collect())
+        }
+
+        fn set_receive(&mut self, _receive: Offloads) -> Result<()> {
+            Ok(())
+        }
+
+        fn stats(&self) -> Arc<PortStats> {
+            Arc::default()
+        }
+    }
+
+    struct End {
+        frames: Vec<Vec<u8>>,
+        offered: usize,
+    }
+
+    impl Endpoint for End {
+        fn sources(&self) -> Vec<Source> {
+            Vec::new()
+        }
+
+        fn transmit(&mut self, _header: &VnetHeader, frame: Frame<'_, '_>) -> Sent {
+            self.offered += 1;
+            if self.offered.is_multiple_of(3) {
+                return Sent::Busy;
+            }
+            let mut bytes = vec![0; frame.len().min(1514)];
+            frame.read_at(0, &mut bytes);
+            if self.frames.len() < 4 {
+                self.frames.push(bytes);
+            }
+            Sent::Done
+        }
+
+        fn waiting(&mut self) -> Option<usize> {
+            Some(65_550)
+        }
+
+        fn receive(&mut self, room: Frame<'_, '_>) -> Received {
+            let Some(frame) = self.frames.first() else { return Received::Nothing };
+            if frame.len() > room.len() {
+                return Received::NeedsRoom(frame.len());
+            }
+            let frame = self.frames.remove(0);
+            Received::Frame(room.write_at(0, &frame), VnetHeader::default())
+        }
+
+        fn drop_next(&mut self) {
+            self.frames.remove(0);
+        }
+    }
+
+    pub(crate) fn config() -> NetConfig {
+        NetConfig::new().poll(Duration::ZERO)
+    }
+
+    pub(crate) fn net(config: NetConfig) -> Net {
+        Net::new(Mirror { offloads: Offloads::all() }, config).unwrap()
+    }
+
+    pub(crate) fn plain() -> Net {
+        Net::new(Mirror { offloads: Offloads::empty() }, config()).unwrap()
+    }
+
+    pub(crate) fn limited() -> Net {
+        let fast = TokenBucket::per_second(1 << 40);
+        let limiter = RateLimiter::new().ops(fast).bandwidth(fast);
+        net(config().rx_limiter(limiter).tx_limiter(limiter))
+    }
+
+    conformance!(without_offloads, crate::net::plain());
+    conformance!(offloads, crate::net::net(crate::net::config()));
+    conformance!(three_pairs, crate::net::net(crate::net::config().pairs(3)));
+    conformance!(small_queues, crate::net::net(crate::net::config().queue_size(4)));
+    conformance!(polling, crate::net::net(crate::net::config().poll(std::time::Duration::from_micros(10))));
+    conformance!(limited, crate::net::limited());
 }

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::protocol::{Request, describe};
 use crate::failure::Failure;
-use crate::{disk, size};
+use crate::{disk, net, size};
 
 /// How long an answer may take.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -64,6 +64,11 @@ enum What {
         #[arg(value_parser = size::parse_bytes)]
         bytes: Option<u64>,
     },
+    /// Show and change the network: as `freestone net`.
+    Net {
+        #[command(subcommand)]
+        what: Option<net::What>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -91,31 +96,56 @@ impl What {
             }
             Self::Balloon { bytes } => Request::Balloon { bytes: *bytes },
             Self::Memory { bytes } => Request::Memory { bytes: *bytes },
+            Self::Net { what } => what.as_ref().map_or(Request::Net, net::What::request),
         }
     }
 }
 
 /// Asks and prints the answer.
 pub(crate) fn ctl(args: &Ctl) -> Result<ExitCode, Failure> {
-    let request = args.what.request();
-    let answer = ask(args, &request)?;
-    if let Some(error) = answer.get("error").and_then(Value::as_str) {
-        return Err(Failure::new(error));
+    if let What::Net { what } = &args.what {
+        return about_net(&args.socket, args.json, what.as_ref().unwrap_or(&net::What::Show));
     }
-    let answer = answer.get("ok").ok_or_else(|| Failure::new("the machine's answer is none"))?;
+    let request = args.what.request();
+    let answer = ask(&args.socket, &request)?;
     if args.json {
         println!("{answer}");
     } else {
-        println!("{}", describe(&request, answer));
+        println!("{}", describe(&request, &answer));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn ask(args: &Ctl, request: &Request) -> Result<Value, Failure> {
-    let path = args.socket.display();
+/// Asks about the network and prints the answer.
+pub(crate) fn net(args: &net::Net) -> Result<ExitCode, Failure> {
+    about_net(&args.socket, args.json, &args.what())
+}
+
+fn about_net(socket: &Path, json: bool, what: &net::What) -> Result<ExitCode, Failure> {
+    let view = what.view(ask(socket, &what.request())?);
+    if json {
+        println!("{view}");
+    } else {
+        println!("{}", what.describe(&view));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the machine answers, if it did what it was asked.
+fn ask(socket: &Path, request: &Request) -> Result<Value, Failure> {
+    let mut answer = exchange(socket, request)?;
+    if let Some(error) = answer.get("error").and_then(Value::as_str) {
+        return Err(Failure::new(error));
+    }
+    let answer = answer.get_mut("ok").ok_or_else(|| Failure::new("the machine's answer is none"))?;
+    Ok(answer.take())
+}
+
+fn exchange(socket: &Path, request: &Request) -> Result<Value, Failure> {
+    let path = socket.display();
     let failed =
         |what: &str, error: &dyn std::fmt::Display| Failure::new(format!("cannot {what} {path}: {error}"));
-    let mut stream = UnixStream::connect(&args.socket).map_err(|e| failed("connect to", &e))?;
+    let mut stream = UnixStream::connect(socket).map_err(|e| failed("connect to", &e))?;
     stream.set_read_timeout(Some(LIMIT)).map_err(|e| failed("use", &e))?;
     let mut line = serde_json::to_string(request)?;
     line.push('\n');

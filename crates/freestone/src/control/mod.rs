@@ -1,4 +1,5 @@
-//! Control of a running machine: `freestone run --control SOCKET` listens, `freestone ctl SOCKET COMMAND` asks.
+//! Control of a running machine: `freestone run --control SOCKET` listens, `freestone ctl SOCKET COMMAND` asks, and
+//! `freestone net SOCKET` about the network.
 //!
 //! A request is one line of JSON, the answer another: `{"ok": ...}` or `{"error": "..."}`. The socket is the user's own (mode
 //! 0600); clients are served on the machine's event loop, a few at a time, and none can hold it up.
@@ -7,6 +8,6 @@ mod client;
 mod protocol;
 mod server;
 
-pub(crate) use client::{Ctl, ctl};
-pub(crate) use protocol::{Controls, limiter};
+pub(crate) use client::{Ctl, ctl, net};
+pub(crate) use protocol::{Controls, Request, limiter};
 pub(crate) use server::ControlServer;

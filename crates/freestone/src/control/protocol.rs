@@ -9,6 +9,7 @@ use freestone_vmm::virtio::rate::{RateLimiter, TokenBucket};
 use freestone_vmm::virtio::rng::RngHandle;
 use freestone_vmm::virtio::{DeviceStats, Latencies, MemHandle, QueueCounts};
 
+use crate::net::Nics;
 use crate::size;
 
 /// A request.
@@ -41,6 +42,54 @@ pub(crate) enum Request {
         /// Target in bytes.
         bytes: Option<u64>,
     },
+    /// The network cards, what they are plugged into, and what they counted.
+    Net,
+    /// Connections and datagram flows through user networks, the busiest first.
+    NetFlows {
+        /// Only those of this card.
+        nic: Option<String>,
+        /// How many at most.
+        limit: Option<u32>,
+    },
+    /// Pulls the cable of a card, or plugs it in.
+    NetLink {
+        /// The card.
+        nic: String,
+        /// Whether it is in.
+        up: bool,
+    },
+    /// Leads a port of the host to the guest.
+    NetForwardAdd {
+        /// The card; not needed if one alone has a user network.
+        nic: Option<String>,
+        /// As for `hostfwd`: `tcp::2222-:22`.
+        forward: String,
+    },
+    /// Does so no more.
+    NetForwardRemove {
+        /// The card; not needed if one alone has a user network.
+        nic: Option<String>,
+        /// As it was added, or its host side alone: `tcp::2222`.
+        forward: String,
+    },
+    /// Changes a card's rate limits; what is left out has none.
+    NetLimit {
+        /// The card.
+        nic: String,
+        /// Bytes a second that the guest receives.
+        rx_bandwidth: Option<u64>,
+        /// Frames a second that the guest receives.
+        rx_iops: Option<u64>,
+        /// Bytes a second that the guest sends.
+        tx_bandwidth: Option<u64>,
+        /// Frames a second that the guest sends.
+        tx_iops: Option<u64>,
+    },
+    /// Has the guest tell its neighbours where it is.
+    NetAnnounce {
+        /// The card.
+        nic: String,
+    },
 }
 
 /// The devices of a machine that can be controlled.
@@ -51,6 +100,7 @@ pub(crate) struct Controls {
     pub(crate) memory: Option<MemHandle>,
     pub(crate) rng: Option<RngHandle>,
     pub(crate) stats: Vec<DeviceStats>,
+    pub(crate) nics: Nics,
 }
 
 impl Controls {
@@ -97,6 +147,7 @@ impl Controls {
                 let (requested, plugged) = (memory.requested(), memory.plugged());
                 Ok(json!({ "requested": requested, "plugged": plugged, "most": memory.region_size() }))
             }
+            request => self.nics.carry_out(request),
         }
     }
 
@@ -180,6 +231,8 @@ pub(super) fn describe(request: &Request, answer: &Value) -> String {
             bytes("requested"),
             bytes("most")
         ),
+        // Told by those who asked: they know which part.
+        _ => answer.to_string(),
     }
 }
 

@@ -17,7 +17,9 @@ use std::ptr;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-pub use stream::{Take, read_vectored, receive_vectored, send_vectored, write_vectored};
+pub use stream::{
+    Take, discard, read_vectored, receive_vectored, send_vectored, set_peek_offset, write_vectored,
+};
 
 /// Slices that are handed over without allocating.
 const INLINE: usize = 16;

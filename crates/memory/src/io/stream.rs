@@ -118,6 +118,45 @@ pub fn send_vectored<B: BitmapSlice>(
     })
 }
 
+/// Takes up to `len` bytes out of the TCP socket `fd` without waiting and without looking at them (`MSG_TRUNC`). Only TCP: other
+/// sockets would want memory.
+///
+/// Returns how many bytes left the socket. Interrupted calls are repeated.
+///
+/// # Errors
+/// What `recv(2)` reports, `WouldBlock` if there is nothing.
+pub fn discard(fd: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
+    repeat(|| {
+        // SAFETY: the kernel writes to no memory: TCP does not with this flag, and others are told of a null pointer, to which
+        // nothing can be written. `fd` is open while it is borrowed.
+        unsafe { libc::recv(fd.as_raw_fd(), ptr::null_mut(), len, libc::MSG_DONTWAIT | libc::MSG_TRUNC) }
+    })
+}
+
+/// Lets the next [`Take::Peek`] on the socket `fd` begin `offset` bytes behind the first that is there, and those after it where
+/// the one before ended (`SO_PEEK_OFF`).
+///
+/// # Errors
+/// What `setsockopt(2)` reports: kernels before 6.9 do not know this of TCP.
+pub fn set_peek_offset(fd: BorrowedFd<'_>, offset: u32) -> io::Result<()> {
+    let offset = libc::c_int::try_from(offset)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "offset beyond what a socket holds"))?;
+    let len = libc::socklen_t::try_from(size_of_val(&offset)).unwrap_or(0);
+    repeat(|| {
+        // SAFETY: the option's value is an int, which lives until the call returns. `fd` is open while it is borrowed.
+        unsafe {
+            libc::setsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEEK_OFF,
+                (&raw const offset).cast(),
+                len,
+            )
+        }
+    })
+    .map(|_| ())
+}
+
 fn iovec(base: *mut u8, len: usize) -> libc::iovec {
     libc::iovec { iov_base: base.cast(), iov_len: len }
 }
@@ -272,6 +311,28 @@ mod tests {
         let mut rest = Vec::new();
         (&b).read_to_end(&mut rest).unwrap();
         assert_eq!(rest, b"2");
+    }
+
+    #[test]
+    fn bytes_of_tcp_are_peeked_from_an_offset_and_leave_without_a_copy() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut a = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (b, _) = listener.accept().unwrap();
+        assert_eq!(discard(b.as_fd(), 1).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        a.write_all(b"abcdefgh").unwrap();
+        drop(a);
+        assert_eq!(discard(b.as_fd(), 2).unwrap(), 2);
+        let mut got = [0; 3];
+        let peek = |got: &mut [u8]| {
+            receive_vectored(b.as_fd(), got, &[] as &[VolatileSlice<'_>], 0..0, Take::Peek).unwrap()
+        };
+        if set_peek_offset(b.as_fd(), 1).is_ok() {
+            assert_eq!((peek(&mut got), &got), (3, b"def"));
+            assert_eq!(discard(b.as_fd(), 3).unwrap(), 3);
+            assert_eq!((peek(&mut got), &got), (2, b"ghf"));
+            assert_eq!(peek(&mut got), 0);
+        }
+        assert_eq!(set_peek_offset(b.as_fd(), u32::MAX).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

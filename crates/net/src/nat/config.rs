@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Policy;
+use super::context::same_network;
+use crate::{Error, Result};
 
 /// Addresses of the IPv4 network. The default is that of QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,5 +180,33 @@ impl Default for NatConfig {
             policy: Policy::default(),
             limits: Limits::default(),
         }
+    }
+}
+
+impl NatConfig {
+    /// Whether it makes sense.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.mtu < 1280 {
+            return Err(Error::invalid("MTU", self.mtu.to_string(), "at least 1280"));
+        }
+        if let Some(net) = self.ipv4 {
+            if !(1..=30).contains(&net.prefix_len) {
+                return Err(Error::invalid("prefix", net.prefix_len.to_string(), "from 1 to 30 bits"));
+            }
+            for addr in [net.guest, net.dns] {
+                if addr == net.gateway || !same_network(addr, net.gateway, net.prefix_len) {
+                    let reason = format!("it must be another than the gateway, in {}/{}", net.gateway, net.prefix_len);
+                    return Err(Error::invalid("address", addr.to_string(), reason));
+                }
+            }
+        }
+        for forward in &self.guest_forwards {
+            let to_addr = matches!(forward.target, GuestTarget::Addr(_));
+            if forward.protocol == Protocol::Udp && !to_addr {
+                let server = forward.server.to_string();
+                return Err(Error::invalid("guest forward of UDP", server, "it can lead to an address only"));
+            }
+        }
+        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! What the parts of a NAT work with: [`Context`], and the [`Poll`] with its [`Token`]s.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -8,7 +9,9 @@ use std::time::Instant;
 
 use rustix::event::epoll;
 
+use super::admission::Admission;
 use super::outbox::Outbox;
+use super::policy::translated;
 use super::{Dial, NatConfig, NatStats};
 use crate::MacAddr;
 
@@ -40,17 +43,34 @@ pub(super) struct Link {
     pub(super) guest: MacAddr,
     /// The IPv6 address that the machine used last for more than the link, for connections to it; `None` until it did.
     pub(super) guest_v6: Option<Ipv6Addr>,
+    /// When the next router advertisement is sent unasked; `None` until the machine spoke IPv6.
+    pub(super) advertise: Option<Instant>,
+    /// The identification of the last packet that was cut into fragments.
+    pub(super) packet_id: u32,
+    /// How many ICMP errors the machine may be told.
+    pub(super) errors: Admission,
 }
+
+/// ICMP errors in a second, and at once.
+const ERRORS: u32 = 1000;
 
 impl Default for Link {
     fn default() -> Self {
-        Self { gateway: MacAddr([0x52, 0x55, 0x0A, 0, 2, 2]), guest: MacAddr::BROADCAST, guest_v6: None }
+        Self {
+            gateway: MacAddr([0x52, 0x55, 0x0A, 0, 2, 2]),
+            guest: MacAddr::BROADCAST,
+            guest_v6: None,
+            advertise: None,
+            packet_id: 0,
+            errors: Admission::new(ERRORS),
+        }
     }
 }
 
 impl Context<'_> {
     /// Where a packet of the machine to `to` goes in truth: the gateway is the host's loopback, and IPv4 in IPv6 is IPv4. `None`
-    /// for what is no address of a single host beyond the NAT: the NAT's own network, several hosts, unspecified, loopback.
+    /// for what is no address of a single host beyond the NAT: the NAT's own network, several hosts, unspecified, loopback, and
+    /// what the host's kernel might send to somebody else than it says.
     pub(super) fn true_destination(&self, to: IpAddr) -> Option<IpAddr> {
         if self.config.ipv4.is_some_and(|net| to == IpAddr::V4(net.gateway)) {
             return Some(Ipv4Addr::LOCALHOST.into());
@@ -58,26 +78,39 @@ impl Context<'_> {
         if self.config.ipv6.is_some_and(|net| to == IpAddr::V6(net.gateway)) {
             return Some(Ipv6Addr::LOCALHOST.into());
         }
-        match to.to_canonical() {
-            IpAddr::V4(addr) => {
-                let outside = !(addr.is_unspecified()
-                    || addr.is_loopback()
-                    || addr.is_multicast()
-                    || addr.is_broadcast()
-                    || addr.octets().starts_with(&[0])
-                    || self.config.ipv4.is_some_and(|net| same_network(addr, net.gateway, net.prefix_len)));
-                outside.then_some(addr.into())
-            }
-            IpAddr::V6(addr) => {
-                let prefix = |addr: Ipv6Addr| addr.to_bits() >> 64;
-                let outside = !(addr.is_unspecified()
-                    || addr.is_loopback()
-                    || addr.is_multicast()
-                    || addr.is_unicast_link_local()
-                    || self.config.ipv6.is_some_and(|net| prefix(addr) == prefix(net.prefix)));
-                outside.then_some(addr.into())
-            }
-        }
+        let outside = match to.to_canonical() {
+            IpAddr::V4(addr) => self.is_outside_v4(addr),
+            IpAddr::V6(addr) => match translated(addr.into()) {
+                Some(behind) => self.is_outside_v4(behind),
+                None => self.is_outside_v6(addr),
+            },
+        };
+        outside.then_some(to.to_canonical())
+    }
+
+    fn is_outside_v4(&self, addr: Ipv4Addr) -> bool {
+        // Linux takes 0.0.0.0 for itself, and "this network" (RFC 1122) has no hosts. The rest of class E may be in use.
+        !(addr.octets().starts_with(&[0])
+            || addr.is_loopback()
+            || addr.is_multicast()
+            || addr.is_broadcast()
+            || self.config.ipv4.is_some_and(|net| same_network(addr, net.gateway, net.prefix_len)))
+    }
+
+    fn is_outside_v6(&self, addr: Ipv6Addr) -> bool {
+        let tunnel = match addr.segments() {
+            // All that begins with eight zero bits is reserved: unspecified, loopback, IPv4-compatible (which `sit` sends to the
+            // IPv4 address), IPv4-translated (SIIT), and translators with a prefix of their own (64:ff9b:1::/48), of which
+            // nobody knows where the IPv4 address is.
+            [first, ..] if first >> 8 == 0 => true,
+            // 6to4 and Teredo go to the IPv4 address in them. Both are history.
+            [0x2002, ..] | [0x2001, 0, ..] => true,
+            _ => false,
+        };
+        !(tunnel
+            || addr.is_multicast()
+            || addr.is_unicast_link_local()
+            || self.config.ipv6.is_some_and(|net| same_network_v6(addr, net.prefix)))
     }
 
     /// How the machine sees somebody of the host's side who comes to it: the host itself, which is loopback or shares an address
@@ -93,7 +126,10 @@ impl Context<'_> {
             }
             IpAddr::V6(addr) => {
                 let net = self.config.ipv6?;
-                let host = addr.is_loopback() || addr.is_unspecified() || addr.is_unicast_link_local();
+                let host = addr.is_loopback()
+                    || addr.is_unspecified()
+                    || addr.is_unicast_link_local()
+                    || same_network_v6(addr, net.prefix);
                 IpAddr::V6(if host { net.gateway } else { addr })
             }
         };
@@ -106,6 +142,11 @@ pub(super) fn same_network(a: Ipv4Addr, b: Ipv4Addr, prefix_len: u8) -> bool {
     let shift = 32u32.saturating_sub(prefix_len.into());
     let net = |addr: Ipv4Addr| u32::from(addr).checked_shr(shift).unwrap_or(0);
     net(a) == net(b)
+}
+
+/// Whether two addresses have the first 64 bits in common.
+pub(super) fn same_network_v6(a: Ipv6Addr, b: Ipv6Addr) -> bool {
+    a.to_bits() >> 64 == b.to_bits() >> 64
 }
 
 /// Which part a socket belongs to.
@@ -167,6 +208,8 @@ pub(super) struct Ready {
     pub(super) token: Token,
     pub(super) readable: bool,
     pub(super) writable: bool,
+    /// The other side is done: there is nothing behind what can be read.
+    pub(super) hangup: bool,
     /// An error, or both sides hung up.
     pub(super) closed: bool,
 }
@@ -176,6 +219,9 @@ pub(super) struct Ready {
 pub(super) struct Poll(Arc<OwnedFd>);
 
 impl Poll {
+    /// Most that [`ready`](Self::ready) takes at once.
+    pub(super) const MAX_READY: usize = 128;
+
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self(Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?)))
     }
@@ -191,12 +237,19 @@ impl Poll {
         Ok(epoll::add(&self.0, fd, epoll::EventData::new_u64(token.to_u64()), flags)?)
     }
 
-    /// Takes what is ready now, at most as much as `events` has room for, without waiting.
-    pub(super) fn ready(&self, events: &mut Vec<epoll::Event>) -> io::Result<impl Iterator<Item = Ready>> {
-        events.clear();
+    /// Watches `fd` for edges of what can be read only: of a datagram socket, each datagram that is gone is an edge of writing.
+    pub(super) fn add_readable(&self, fd: impl AsFd, token: Token) -> io::Result<()> {
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        Ok(epoll::add(&self.0, fd, epoll::EventData::new_u64(token.to_u64()), flags)?)
+    }
+
+    /// Takes what is ready now, at most [`MAX_READY`](Self::MAX_READY), without waiting.
+    pub(super) fn ready(&self, ready: &mut Vec<Ready>) -> io::Result<()> {
+        ready.clear();
         let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        epoll::wait(&self.0, rustix::buffer::spare_capacity(events), Some(&zero))?;
-        Ok(events.iter().filter_map(|event| {
+        let mut room = [const { MaybeUninit::<epoll::Event>::uninit() }; Self::MAX_READY];
+        let (events, _) = epoll::wait(&self.0, &mut room, Some(&zero))?;
+        ready.extend(events.iter().filter_map(|event| {
             let (flags, data) = (event.flags, event.data);
             let has = |wanted| flags.intersects(wanted);
             let closed = has(epoll::EventFlags::ERR | epoll::EventFlags::HUP);
@@ -204,8 +257,86 @@ impl Poll {
                 token: Token::from_u64(data.u64())?,
                 readable: closed || has(epoll::EventFlags::IN | epoll::EventFlags::RDHUP),
                 writable: closed || has(epoll::EventFlags::OUT),
+                hangup: has(epoll::EventFlags::RDHUP | epoll::EventFlags::HUP),
                 closed,
             })
-        }))
+        }));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_context::World;
+
+    #[test]
+    fn the_gateway_is_the_loopback_of_the_host() {
+        let mut world = World::default();
+        let cx = world.cx();
+        let truth = |to: &str| cx.true_destination(to.parse().unwrap()).map(|addr| addr.to_string());
+        assert_eq!(truth("10.0.2.2").unwrap(), "127.0.0.1");
+        assert_eq!(truth("fec0::2").unwrap(), "::1");
+        assert_eq!(truth("192.0.2.1").unwrap(), "192.0.2.1");
+        assert_eq!(truth("169.254.169.254").unwrap(), "169.254.169.254");
+        assert_eq!(truth("::ffff:192.0.2.1").unwrap(), "192.0.2.1");
+        assert_eq!(truth("64:ff9b::192.0.2.1").unwrap(), "64:ff9b::c000:201");
+        assert_eq!(truth("2001:db8::1").unwrap(), "2001:db8::1");
+        assert_eq!(truth("fd00::1").unwrap(), "fd00::1");
+    }
+
+    #[test]
+    fn what_is_no_single_host_beyond_the_nat_is_nowhere() {
+        let mut world = World::default();
+        let cx = world.cx();
+        for to in [
+            "0.0.0.0",
+            "0.1.2.3",
+            "127.0.0.1",
+            "127.9.9.9",
+            "224.0.0.1",
+            "239.1.1.1",
+            "255.255.255.255",
+            "10.0.2.3",
+            "10.0.2.15",
+            "10.0.2.255",
+            "::",
+            "::1",
+            "::127.0.0.1",
+            "::192.0.2.1",
+            "::ffff:127.0.0.1",
+            "::ffff:0.0.0.0",
+            "::ffff:10.0.2.2",
+            "::ffff:0:192.0.2.1",
+            "64:ff9b::127.0.0.1",
+            "64:ff9b::10.0.2.2",
+            "64:ff9b:1::192.0.2.1",
+            "2002:7f00:1::1",
+            "2002:c000:201::1",
+            "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+            "ff02::1",
+            "fe80::1",
+            "fec0::3",
+            "fec0::15",
+        ] {
+            assert_eq!(cx.true_destination(to.parse().unwrap()), None, "{to}");
+        }
+    }
+
+    #[test]
+    fn who_shares_an_address_with_the_link_is_seen_as_the_gateway() {
+        let mut world = World::default();
+        let cx = world.cx();
+        for (peer, seen) in [
+            ("127.0.0.1:5", "10.0.2.2:5"),
+            ("10.0.2.15:5", "10.0.2.2:5"),
+            ("192.0.2.1:5", "192.0.2.1:5"),
+            ("[::ffff:192.0.2.1]:5", "192.0.2.1:5"),
+            ("[::1]:5", "[fec0::2]:5"),
+            ("[fe80::1]:5", "[fec0::2]:5"),
+            ("[fec0::9]:5", "[fec0::2]:5"),
+            ("[2001:db8::1]:5", "[2001:db8::1]:5"),
+        ] {
+            assert_eq!(cx.seen_by_guest(peer.parse().unwrap()), Some(seen.parse().unwrap()), "{peer}");
+        }
     }
 }

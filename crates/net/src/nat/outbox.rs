@@ -31,6 +31,12 @@ impl Outbox {
         self.frames.len() < MAX_FRAMES && self.bytes.saturating_add(len) <= MAX_BYTES
     }
 
+    /// Whether there is room for so many frames of so many bytes together.
+    pub(super) fn has_room_for(&self, frames: usize, bytes: usize) -> bool {
+        self.frames.len().saturating_add(frames) <= MAX_FRAMES
+            && self.bytes.saturating_add(bytes) <= MAX_BYTES
+    }
+
     /// Adds a frame; `false` if it was dropped because too many wait.
     pub(super) fn push(&mut self, frame: Vec<u8>, header: VnetHeader) -> bool {
         if !self.has_room(frame.len()) {

@@ -4,6 +4,9 @@ use freestone_memory::{Bytes, MemorySlice};
 
 use crate::{Error, Result};
 
+/// So many slices that were taken off are forgotten at once.
+const COMPACT: usize = 256;
+
 /// The buffers of one request: first those the device reads, then those it writes.
 ///
 /// Where one descriptor ends and the next begins means nothing (virtio 1.2, section 2.7.4): a device takes headers from the
@@ -145,6 +148,25 @@ impl<'m> ChainBuffers<'m> {
         }
         self.writable_len -= 1;
         Ok(last)
+    }
+
+    /// Adds the device-writable buffers of `other` behind those that are here, of which none are device-readable. Returns how many
+    /// slices they are.
+    pub(crate) fn append_writable(&mut self, other: &Self) -> usize {
+        self.slices.extend_from_slice(other.writable());
+        self.writable_len = self.writable_len.saturating_add(other.writable_len);
+        other.writable().len()
+    }
+
+    /// Takes off the first `slices` device-writable slices, which have `bytes` bytes.
+    pub(crate) fn drop_writable(&mut self, slices: usize, bytes: u32) {
+        self.middle_front = self.middle_front.saturating_add(slices).min(self.slices.len());
+        self.writable_len = self.writable_len.saturating_sub(bytes);
+        // So that what was taken off does not pile up while there is always something left.
+        if self.middle_front >= COMPACT && self.middle == 0 {
+            self.slices.drain(..self.middle_front);
+            self.middle_front = 0;
+        }
     }
 
     fn short(&self, direction: &'static str, have: u32, want: usize) -> Error {

@@ -16,6 +16,8 @@ const MAX_INTERVAL: u32 = 128;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Timed {
     taken: Instant,
+    /// How long it waited in the queue.
+    waited: Duration,
     /// Requests that it stands for: itself, and those since the last one that was timed.
     weight: u32,
 }
@@ -72,7 +74,6 @@ impl Meter {
     fn take_time(&mut self) -> Timed {
         let (taken, weight) = (Instant::now(), self.interval);
         let waited = self.seen.map_or(Duration::ZERO, |seen| taken.saturating_duration_since(seen));
-        self.stats.queued.record(waited, weight);
         if let Some(last) = self.last.replace(taken) {
             let apart = taken.saturating_duration_since(last);
             if apart < OFTEN {
@@ -82,14 +83,26 @@ impl Meter {
             }
         }
         self.until = self.interval - 1;
-        Timed { taken, weight }
+        Timed { taken, waited, weight }
+    }
+
+    /// The request that was taken last, with this many device-readable bytes, is in the queue again: it was not taken.
+    #[inline]
+    pub(super) fn put_back(&mut self, bytes: u32, timed: Option<Timed>) {
+        self.stats.uncount_taken(bytes);
+        match timed {
+            // The next one is timed in its place, for as many.
+            Some(Timed { weight, .. }) => (self.interval, self.until) = (weight, 0),
+            None => self.until += 1,
+        }
     }
 
     /// A request was given back with this many bytes written.
     #[inline]
     pub(super) fn gave_back(&mut self, bytes: u32, timed: Option<Timed>) {
         self.stats.count_done(bytes);
-        if let Some(Timed { taken, weight }) = timed {
+        if let Some(Timed { taken, waited, weight }) = timed {
+            self.stats.queued.record(waited, weight);
             self.stats.processing.record(taken.elapsed(), weight);
         }
     }
@@ -138,6 +151,25 @@ mod tests {
         assert_eq!(counts.requests, 60_000);
         let stood_for = counts.queued.count();
         assert!((60_000 - u64::from(MAX_INTERVAL)..=60_000).contains(&stood_for), "{stood_for}");
+        assert_eq!(counts.processing.count(), stood_for);
+    }
+
+    #[test]
+    fn a_request_that_was_put_back_was_never_taken() {
+        let mut meter = Meter::new(Arc::default());
+        for n in 0..20_000u32 {
+            meter.saw(1);
+            let first = meter.took(7);
+            if n % 3 != 0 {
+                meter.put_back(7, first);
+                continue;
+            }
+            meter.gave_back(1, first);
+        }
+        let counts = meter.stats.snapshot();
+        assert_eq!((counts.requests, counts.completed, counts.bytes_in), (6667, 6667, 6667 * 7));
+        let stood_for = counts.queued.count();
+        assert!((6667 - u64::from(MAX_INTERVAL)..=6667).contains(&stood_for), "{stood_for}");
         assert_eq!(counts.processing.count(), stood_for);
     }
 

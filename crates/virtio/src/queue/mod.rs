@@ -50,8 +50,10 @@ pub struct QueueConfig {
 #[must_use = "a chain that is not given back is lost to the driver until it resets the device"]
 pub struct Chain {
     id: u16,
-    /// Descriptors of a packed ring that it takes up.
+    /// Descriptors of the ring, or of the queue's own table, that it takes up.
     count: u16,
+    /// Device-readable bytes.
+    bytes: u32,
     timed: Option<Timed>,
 }
 
@@ -59,6 +61,11 @@ impl Chain {
     /// The driver's name for the request: the index of its first descriptor in a split queue, its buffer id in a packed one.
     pub fn head(&self) -> u16 {
         self.id
+    }
+
+    /// How many of the queue's descriptors it takes up; those of an indirect table are not.
+    pub fn descriptors(&self) -> u16 {
+        self.count
     }
 }
 
@@ -278,18 +285,28 @@ impl<'m> AttachedQueue<'_, 'm> {
     /// If the driver's ring or chain is malformed. The request is then still in the queue; the device must stop using it.
     pub fn pop(&mut self, buffers: &mut ChainBuffers<'m>) -> Result<Option<Chain>> {
         let (ring, meter) = self.ring();
-        let (id, count) = match ring {
-            Ring::Split(mut ring) => match ring.pop(buffers, meter)? {
-                Some(head) => (head, 1),
-                None => return Ok(None),
-            },
-            Ring::Packed(mut ring) => match ring.pop(buffers, meter)? {
-                Some(chain) => chain,
-                None => return Ok(None),
-            },
+        let popped = match ring {
+            Ring::Split(mut ring) => ring.pop(buffers, meter)?,
+            Ring::Packed(mut ring) => ring.pop(buffers, meter)?,
         };
-        let timed = meter.took(buffers.readable_len());
-        Ok(Some(Chain { id, count, timed }))
+        let Some((id, count)) = popped else { return Ok(None) };
+        let bytes = buffers.readable_len();
+        let timed = meter.took(bytes);
+        Ok(Some(Chain { id, count, bytes, timed }))
+    }
+
+    /// Puts a request back into the queue, as if it had not been taken: the next [`pop`](Self::pop) takes it again.
+    ///
+    /// `chain` must be the one that was taken last, of those that were neither given back nor put back since; several are put back
+    /// in the reverse of the order in which they were taken, and none that was taken before one that was given back. Anything else
+    /// confuses this queue and its driver, and nobody else.
+    pub fn undo(&mut self, chain: Chain) {
+        let (ring, meter) = self.ring();
+        match ring {
+            Ring::Split(mut ring) => ring.undo(),
+            Ring::Packed(mut ring) => ring.undo(chain.count),
+        }
+        meter.put_back(chain.bytes, chain.timed);
     }
 
     /// Whether a request waits.

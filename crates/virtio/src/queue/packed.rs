@@ -44,6 +44,14 @@ impl RingPosition {
         *self = Self { slot: u16::try_from(slot).unwrap_or(0), wrap };
     }
 
+    /// `count` descriptors back, in a ring of `size`. `count` is at most `size`.
+    fn retreat(&mut self, count: u16, size: u16) {
+        *self = match self.slot.checked_sub(count) {
+            Some(slot) => Self { slot, wrap: self.wrap },
+            None => Self { slot: self.slot.saturating_add(size.saturating_sub(count)), wrap: !self.wrap },
+        };
+    }
+
     /// Whether a descriptor at this position with these flags was made available by the driver.
     fn is_available(self, flags: u16) -> bool {
         let (avail, used) = (flags & AVAIL != 0, flags & USED != 0);
@@ -184,6 +192,14 @@ impl<'m> Packed<'_, 'm> {
         self.at.seen = self.at.seen.saturating_sub(count);
         self.at.held += count;
         Ok(Some((id, count)))
+    }
+
+    /// Puts the request that was taken last back, with its `count` descriptors.
+    #[inline(always)]
+    pub(super) fn undo(&mut self, count: u16) {
+        self.at.next_avail.retreat(count, self.limits.config.size);
+        self.at.held = self.at.held.saturating_sub(count);
+        self.at.seen = 0;
     }
 
     #[inline(always)]

@@ -98,9 +98,13 @@ impl<'m> Split<'_, 'm> {
         self.limits.config.size
     }
 
-    /// Takes the next request; returns its head.
+    /// Takes the next request; returns its head and its number of descriptors in the table of the queue.
     #[inline(always)]
-    pub(super) fn pop(&mut self, buffers: &mut ChainBuffers<'m>, meter: &mut Meter) -> Result<Option<u16>> {
+    pub(super) fn pop(
+        &mut self,
+        buffers: &mut ChainBuffers<'m>,
+        meter: &mut Meter,
+    ) -> Result<Option<(u16, u16)>> {
         if self.at.next_avail == self.at.seen_avail && !self.look(meter)? {
             return Ok(None);
         }
@@ -108,9 +112,15 @@ impl<'m> Split<'_, 'm> {
         let head =
             u16::from_le(self.areas.driver.load(RING_ENTRIES + AVAIL_ENTRY * slot, Ordering::Relaxed)?);
         buffers.clear();
-        self.walk(head, buffers)?;
+        let count = self.walk(head, buffers)?;
         self.at.next_avail = self.at.next_avail.wrapping_add(1);
-        Ok(Some(head))
+        Ok(Some((head, count)))
+    }
+
+    /// Puts the request that was taken last back.
+    #[inline(always)]
+    pub(super) fn undo(&mut self) {
+        self.at.next_avail = self.at.next_avail.wrapping_sub(1);
     }
 
     #[inline(always)]
@@ -131,12 +141,13 @@ impl<'m> Split<'_, 'm> {
         Ok(ahead != 0)
     }
 
-    /// Collects the buffers of the chain that begins at `head`.
+    /// Collects the buffers of the chain that begins at `head`; returns its number of descriptors in the table of the queue.
     #[inline(always)]
-    fn walk(&mut self, head: u16, buffers: &mut ChainBuffers<'m>) -> Result<()> {
+    fn walk(&mut self, head: u16, buffers: &mut ChainBuffers<'m>) -> Result<u16> {
         let mut table = self.areas.descriptors;
         let mut entries = self.size();
         let mut indirect = false;
+        let mut direct = 0u16;
         let mut index = head;
         // "A driver MUST NOT create a descriptor chain longer than the Queue Size of the device" (2.7.5.3.1), which may be
         // more than the size that the driver chose.
@@ -148,6 +159,7 @@ impl<'m> Split<'_, 'm> {
             let descriptor: Descriptor = table.read_obj(usize::from(index) * DESCRIPTOR_SIZE)?;
             let (addr, len, flags) = (descriptor.addr().0, descriptor.len(), descriptor.flags());
             let element = Element { addr, len, flags };
+            direct = direct.saturating_add(u16::from(!indirect));
             if flags & flag::INDIRECT != 0 {
                 (table, entries) = indirect_table(self.memory, element, indirect)?;
                 indirect = true;
@@ -156,7 +168,7 @@ impl<'m> Split<'_, 'm> {
             }
             add_buffer(self.memory, element, buffers)?;
             if flags & flag::NEXT == 0 {
-                return Ok(());
+                return Ok(direct);
             }
             index = descriptor.next();
         }

@@ -1,0 +1,13 @@
+//! The network of a machine: what `--net` says, the cards and what they are plugged into, and `freestone net`.
+
+mod attach;
+mod command;
+mod control;
+mod show;
+mod spec;
+mod user;
+
+pub(crate) use attach::{Pump, Threads, attach, check, count};
+pub(crate) use command::{Net, What};
+pub(crate) use control::Nics;
+pub(crate) use spec::NetSpec;

@@ -1,1 +1,0 @@
-//! Takes frames apart and drives all parts of a NAT.

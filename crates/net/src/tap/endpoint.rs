@@ -1,0 +1,297 @@
+//! One queue of a tap.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use freestone_memory::io::{read_vectored, write_vectored};
+use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend, MemorySlice};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll};
+
+use crate::gso;
+use crate::{Endpoint, Error, Frame, Offloads, PortStats, Received, Result, Sent, Source, VnetHeader};
+
+/// The largest frame: an IP packet of 64 KiB, Ethernet, and two tags of VLANs.
+const MAX_FRAME: usize = 65535 + 22;
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
+/// Room for what does not fit into the room of a caller.
+const SPILL: usize = 0x1_1000;
+/// Bytes that Ethernet adds to an IP packet, with one tag.
+const ETHERNET: usize = 18;
+/// Slices of a caller's room behind which there is place for the spill without an allocation.
+const SLICES: usize = 48;
+/// Frames in a row that are dropped before the caller is told that there is nothing. More than the queue of an interface holds:
+/// the kernel makes frames with more undone than it was told only when it was just told.
+const MAX_REFUSED: usize = 2048;
+
+/// One queue of a tap, which is a descriptor that reads and writes whole frames.
+pub(super) struct TapEndpoint {
+    fd: Arc<OwnedFd>,
+    /// Becomes readable when the descriptor becomes writable: a source is watched for reading only.
+    writing: Arc<OwnedFd>,
+    vnet: bool,
+    /// What the machine lets be left undone.
+    receive: Offloads,
+    /// Bytes that most frames have at most.
+    usual: usize,
+    /// It was not found empty since it was last found readable.
+    readable: bool,
+    /// Frames that did not fit into the room they were read to: here.
+    spill: GuestMem,
+    waiting: Option<(usize, VnetHeader)>,
+    stats: Arc<PortStats>,
+}
+
+enum Read {
+    /// The frame is in the room.
+    Fits(usize, VnetHeader),
+    /// It is in the spill.
+    Spilled(usize, VnetHeader),
+    /// There was one that cannot be given to the machine.
+    Refused,
+    Empty,
+}
+
+impl TapEndpoint {
+    pub(super) fn new(
+        fd: Arc<OwnedFd>,
+        vnet: bool,
+        receive: Offloads,
+        mtu: Option<u16>,
+        stats: Arc<PortStats>,
+    ) -> Result<Self> {
+        let failed = || Error::io("watch a tap");
+        let writing = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| failed()(e.into()))?;
+        let edges = epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        epoll::add(&writing, &fd, epoll::EventData::new_u64(0), edges).map_err(|e| failed()(e.into()))?;
+        let spill = GuestMem::anonymous(SPILL as u64)
+            .map_err(|e| Error::io("get memory for the frames of a tap")(io::Error::other(e)))?;
+        let large = Offloads::TSO4 | Offloads::TSO6 | Offloads::UFO | Offloads::USO;
+        let usual = match mtu {
+            Some(mtu) if !receive.intersects(large) => usize::from(mtu) + ETHERNET,
+            _ => MAX_FRAME,
+        };
+        let writing = Arc::new(writing);
+        Ok(Self { fd, writing, vnet, receive, usual, readable: true, spill, waiting: None, stats })
+    }
+
+    /// Reads the next frame to `room`; what does not fit goes to the spill, and then the rest is brought there.
+    fn read(&self, room: &Frame<'_, '_>) -> Read {
+        let mut raw = [0; VnetHeader::LEN];
+        let header: &mut [u8] = if self.vnet { &mut raw } else { &mut [] };
+        let view = self.spill.view();
+        let front = room.len().min(MAX_FRAME);
+        let Ok(spill) = view.get_slice(GuestAddress(front as u64), SPILL - front) else {
+            return Read::Empty;
+        };
+        let header_len = header.len();
+        let done = if room.len() >= MAX_FRAME {
+            read_vectored(self.fd.as_fd(), header, room.slices(), room.range())
+        } else {
+            let mut slices = [spill; SLICES + 1];
+            match with_spill(room.slices(), room.range(), &mut slices) {
+                Some(slices) => {
+                    let len = front + spill.len();
+                    read_vectored(self.fd.as_fd(), header, slices, 0..len)
+                }
+                None => return self.read_aside(header),
+            }
+        };
+        let Some((len, header)) = self.finish(done, header_len, raw) else {
+            return Read::Empty;
+        };
+        let Some(header) = header.filter(|_| len <= MAX_FRAME) else {
+            return Read::Refused;
+        };
+        if len <= room.len() {
+            return Read::Fits(len, header);
+        }
+        let Ok(start) = view.get_slice(GuestAddress(0), front) else {
+            return Read::Refused;
+        };
+        gso::copy(room, &Frame::new(&[start]));
+        Read::Spilled(len, header)
+    }
+
+    /// Reads the next frame to the spill alone, for a room that is made of very many pieces.
+    fn read_aside(&self, header: &mut [u8]) -> Read {
+        let view = self.spill.view();
+        let Ok(slice) = view.get_slice(GuestAddress(0), SPILL) else {
+            return Read::Empty;
+        };
+        let done = read_vectored(self.fd.as_fd(), header, &[slice], 0..SPILL);
+        let mut raw = [0; VnetHeader::LEN];
+        if let Some(to) = raw.get_mut(..header.len()) {
+            to.copy_from_slice(header);
+        }
+        match self.finish(done, header.len(), raw) {
+            None => Read::Empty,
+            Some((len, Some(header))) if len <= MAX_FRAME => Read::Spilled(len, header),
+            Some(_) => Read::Refused,
+        }
+    }
+
+    /// Looks at what a read returned: the length of the frame, and its header unless the machine must not see such a frame.
+    fn finish(
+        &self,
+        done: io::Result<usize>,
+        header_len: usize,
+        raw: [u8; VnetHeader::LEN],
+    ) -> Option<(usize, Option<VnetHeader>)> {
+        match done {
+            Ok(0) => None,
+            Ok(done) => {
+                let header = VnetHeader::from_bytes(raw);
+                let header = header.filter(|header| self.receive.contains(header.needs()));
+                Some((done.checked_sub(header_len)?, header))
+            }
+            Err(error) => {
+                if error.kind() != io::ErrorKind::WouldBlock {
+                    // The interface was deleted, or this queue was detached.
+                    tracing::debug!(%error, "a tap cannot be read");
+                }
+                None
+            }
+        }
+    }
+
+    /// Gives the frame that waits in the spill.
+    fn take_waiting(&mut self, room: &Frame<'_, '_>) -> Received {
+        let Some((len, header)) = self.waiting else {
+            return Received::Nothing;
+        };
+        if len > room.len() {
+            return Received::NeedsRoom(len);
+        }
+        let view = self.spill.view();
+        let Ok(slice) = view.get_slice(GuestAddress(0), len) else {
+            return Received::Nothing;
+        };
+        gso::copy(&Frame::new(&[slice]), room);
+        self.waiting = None;
+        self.stats.received(len);
+        Received::Frame(len, header)
+    }
+
+    /// Whether there is room to write now; if not, `writing` will tell when there is.
+    fn writable(&self) -> bool {
+        // What it told before is taken from it, so that it can tell again.
+        let mut events =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+        if let Err(error) = epoll::wait(&self.writing, &mut events, Some(&NOW)) {
+            tracing::debug!(%error, "a tap is not watched");
+        }
+        // The kernel wakes only who asked while there was no room.
+        self.is(PollFlags::OUT)
+    }
+
+    fn is(&self, wanted: PollFlags) -> bool {
+        // If it cannot be asked, it is tried.
+        let mut fds = [PollFd::new(&self.fd, wanted)];
+        rustix::event::poll(&mut fds, Some(&NOW)).is_err() || fds[0].revents().intersects(wanted)
+    }
+}
+
+/// The bytes `range` of `room` and behind them the spill, which all of `slices` are at first. `None` if there are too many pieces.
+fn with_spill<'s, 'm>(
+    room: &[MemorySlice<'m>],
+    range: Range<usize>,
+    slices: &'s mut [MemorySlice<'m>; SLICES + 1],
+) -> Option<&'s [MemorySlice<'m>]> {
+    let (mut skip, mut left) = (range.start, range.len());
+    let mut used = 0;
+    for slice in room {
+        let start = skip.min(slice.len());
+        skip -= start;
+        let len = left.min(slice.len() - start);
+        left -= len;
+        if len > 0 {
+            // The last is for the spill.
+            let to = slices.get_mut(..SLICES)?.get_mut(used)?;
+            *to = slice.subslice(start, len).ok()?;
+            used += 1;
+        }
+    }
+    slices.get(..=used)
+}
+
+impl Endpoint for TapEndpoint {
+    fn sources(&self) -> Vec<Source> {
+        vec![self.fd.clone(), self.writing.clone()]
+    }
+
+    fn transmit(&mut self, header: &VnetHeader, frame: Frame<'_, '_>) -> Sent {
+        // That a checksum was looked at is no news to the kernel, which trusts no machine.
+        let raw = VnetHeader { checksum_valid: false, ..*header }.to_bytes();
+        let prefix: &[u8] = if self.vnet { &raw } else { &[] };
+        if !self.vnet && !header.needs().is_empty() {
+            self.stats.send_dropped();
+            return Sent::Done;
+        }
+        for _ in 0..2 {
+            match write_vectored(self.fd.as_fd(), prefix, frame.slices(), frame.range()) {
+                Ok(_) => {
+                    self.stats.sent(frame.len());
+                    return Sent::Done;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if !self.writable() {
+                        return Sent::Busy;
+                    }
+                }
+                Err(error) => {
+                    // The interface is down or gone (EIO, EBADFD), the kernel has no memory now, or the header is nonsense.
+                    tracing::trace!(%error, "a frame cannot be written to a tap");
+                    break;
+                }
+            }
+        }
+        self.stats.send_dropped();
+        Sent::Done
+    }
+
+    fn waiting(&mut self) -> Option<usize> {
+        if let Some((len, _)) = self.waiting {
+            return Some(len);
+        }
+        self.readable = self.readable || self.is(PollFlags::IN);
+        self.readable.then_some(self.usual)
+    }
+
+    fn receive(&mut self, room: Frame<'_, '_>) -> Received {
+        if self.waiting.is_some() {
+            return self.take_waiting(&room);
+        }
+        for _ in 0..MAX_REFUSED {
+            match self.read(&room) {
+                Read::Fits(len, header) => {
+                    self.stats.received(len);
+                    return Received::Frame(len, header);
+                }
+                Read::Spilled(len, header) => {
+                    self.waiting = Some((len, header));
+                    return self.take_waiting(&room);
+                }
+                Read::Refused => self.stats.receive_dropped(),
+                Read::Empty => break,
+            }
+        }
+        self.readable = false;
+        Received::Nothing
+    }
+
+    fn drop_next(&mut self) {
+        if self.waiting.take().is_some() {
+            self.stats.receive_dropped();
+            return;
+        }
+        // The kernel drops what there is no room for, and with it the frame.
+        let mut byte = [0; VnetHeader::LEN + 1];
+        let none: [MemorySlice<'_>; 0] = [];
+        if matches!(read_vectored(self.fd.as_fd(), &mut byte, &none, 0..0), Ok(1..)) {
+            self.stats.receive_dropped();
+        }
+    }
+}

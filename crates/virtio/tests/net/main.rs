@@ -1,0 +1,9 @@
+//! virtio-net: frames both ways, what the driver can say, and drivers that misbehave.
+#![cfg(feature = "net")]
+
+mod commands;
+mod hostile;
+mod life;
+mod random;
+mod support;
+mod traffic;
