@@ -28,7 +28,7 @@ pub fn run(interface: &str, count: u32, seed: u64) -> Result<()> {
     let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)
         .context("opening a packet socket")?;
     bind(socket.as_raw_fd(), &addr).with_context(|| format!("binding a packet socket to {interface}"))?;
-    let mut maker = Maker { numbers: Numbers::new(seed), mac };
+    let mut maker = Maker { numbers: Numbers::new(seed), mac, gateway: neighbour() };
     let (mut sent, mut refused) = (0, 0);
     for _ in 0..count {
         let frame = maker.frame();
@@ -54,9 +54,21 @@ fn link(interface: &str) -> Result<(LinkAddr, [u8; 6])> {
         .with_context(|| format!("there is no interface {interface}"))
 }
 
+/// The hardware address of the gateway, if the kernel knows it; broadcasts do otherwise.
+fn neighbour() -> [u8; 6] {
+    let table = std::fs::read_to_string("/proc/net/arp").unwrap_or_default();
+    let known = table.lines().filter(|line| line.starts_with("10.0.2.2 ")).find_map(|line| {
+        let text = line.split_whitespace().nth(3)?;
+        let bytes: Vec<u8> = text.split(':').map_while(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+        bytes.try_into().ok()
+    });
+    known.unwrap_or([0xff; 6])
+}
+
 struct Maker {
     numbers: Numbers,
     mac: [u8; 6],
+    gateway: [u8; 6],
 }
 
 impl Maker {
@@ -98,7 +110,11 @@ impl Maker {
     }
 
     fn ethernet(&mut self, kind: u16, payload: &[u8]) -> Vec<u8> {
-        let to = if self.numbers.below(8) == 0 { self.bytes() } else { [0xff; 6] };
+        let to = match self.numbers.below(8) {
+            0 => self.bytes(),
+            1 => [0xff; 6],
+            _ => self.gateway,
+        };
         [&to, &self.mac, &kind.to_be_bytes()[..], payload].concat()
     }
 
@@ -190,7 +206,7 @@ impl Maker {
     fn segment(&mut self) -> Vec<u8> {
         let mut tcp = vec![0xc0, self.byte() & 0x0f];
         // Ports of the tests' servers more often than others.
-        let port = if self.numbers.below(2) == 0 { 7 } else { u16::from_be_bytes(self.bytes()) };
+        let port = if self.numbers.below(2) == 0 { 7007 } else { u16::from_be_bytes(self.bytes()) };
         tcp.extend(port.to_be_bytes());
         tcp.extend(self.bytes::<8>());
         let offset = if self.numbers.below(2) == 0 { 0x50 } else { self.byte() };
@@ -248,10 +264,14 @@ impl Maker {
         frame
     }
 
-    /// From somebody else, to anybody.
+    /// To the host's own addresses, to groups, to nobody, or from somebody else to anybody.
     fn forged(&mut self) -> Vec<u8> {
-        let (from, to) = (self.bytes(), self.bytes());
-        let udp = [&[0xc0, 0, 0, 7, 0, 12, 0, 0][..], b"fake"].concat();
+        let from = if self.numbers.below(2) == 0 { GUEST } else { self.bytes() };
+        let places = [[127, 0, 0, 1], [192, 0, 2, 1], [0; 4], [255; 4], [224, 0, 0, 1], [10, 0, 2, 255]];
+        let to = places.get(usize::from(self.byte() & 7)).copied().unwrap_or_else(|| self.bytes());
+        // The port of the tests' echo servers.
+        let port = 7007_u16.to_be_bytes();
+        let udp = [&[0xc0, 0], &port[..], &[0, 12, 0, 0], b"fake"].concat();
         self.transport(from, to, UDP, 6, udp)
     }
 
@@ -312,7 +332,7 @@ mod tests {
 
     #[test]
     fn frames_fit_an_ethernet_and_differ() {
-        let mut maker = Maker { numbers: Numbers::new(1), mac: [2; 6] };
+        let mut maker = Maker { numbers: Numbers::new(1), mac: [2; 6], gateway: [3; 6] };
         let frames: Vec<_> = (0..1000).map(|_| maker.frame()).collect();
         assert!(frames.iter().all(|frame| (14..=FRAME_MAX).contains(&frame.len())));
         assert!(frames.windows(2).all(|pair| pair[0] != pair[1]));

@@ -41,7 +41,7 @@ pub enum Program {
         record: Vec<(String, IpAddr)>,
         /// KIND@ADDR:PORT. Kinds: http (GET /BYTES/SEED answers that pattern), sink (takes a pattern and says whether it was
         /// right), echo (TCP), udp-echo, dns.
-        #[arg(required = true, value_name = "SERVICE")]
+        #[arg(value_name = "SERVICE")]
         services: Vec<Service>,
     },
     /// Write a pattern to standard output.

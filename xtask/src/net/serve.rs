@@ -82,21 +82,22 @@ fn start(service: Service, records: Arc<Vec<(String, IpAddr)>>) -> Result<()> {
     match kind {
         Kind::UdpEcho => {
             let socket = UdpSocket::bind(at).with_context(failed)?;
-            thread::spawn(move || echo_datagrams(&socket));
+            thread::spawn(move || echo_datagrams(&socket, at));
         }
         Kind::Dns => {
             let socket = UdpSocket::bind(at).with_context(failed)?;
             thread::spawn(move || dns::serve(&socket, &records));
         }
-        Kind::Http => accept(TcpListener::bind(at).with_context(failed)?, "http", http),
-        Kind::Sink => accept(TcpListener::bind(at).with_context(failed)?, "sink", sink),
-        Kind::Echo => accept(TcpListener::bind(at).with_context(failed)?, "echo", echo),
+        Kind::Http => accept(TcpListener::bind(at).with_context(failed)?, format!("http at {at}"), http),
+        Kind::Sink => accept(TcpListener::bind(at).with_context(failed)?, format!("sink at {at}"), sink),
+        Kind::Echo => accept(TcpListener::bind(at).with_context(failed)?, format!("echo at {at}"), echo),
     }
     Ok(())
 }
 
 /// Serves each connection on a thread of its own. Who came is printed, so that a test can tell that nobody did.
-fn accept(listener: TcpListener, name: &'static str, serve: fn(&TcpStream) -> Result<()>) {
+fn accept(listener: TcpListener, name: String, serve: fn(&TcpStream) -> Result<()>) {
+    let name: Arc<str> = name.into();
     thread::spawn(move || {
         for stream in listener.incoming() {
             let Ok(stream) = stream else {
@@ -106,6 +107,7 @@ fn accept(listener: TcpListener, name: &'static str, serve: fn(&TcpStream) -> Re
             };
             let peer = stream.peer_addr().unwrap_or_else(|_| (Ipv4Addr::UNSPECIFIED, 0).into());
             println!("{name} from {peer}");
+            let name = Arc::clone(&name);
             let served = move || {
                 if let Err(error) = serve(&stream) {
                     println!("{name} from {peer}: {error:#}");
@@ -116,11 +118,11 @@ fn accept(listener: TcpListener, name: &'static str, serve: fn(&TcpStream) -> Re
     });
 }
 
-fn echo_datagrams(socket: &UdpSocket) -> Result<()> {
+fn echo_datagrams(socket: &UdpSocket, at: SocketAddr) -> Result<()> {
     let mut datagram = vec![0; 65_536];
     loop {
         let (length, from) = socket.recv_from(&mut datagram).context("receiving a datagram")?;
-        println!("udp-echo from {from}");
+        println!("udp-echo at {at} from {from}");
         drop(socket.send_to(datagram.get(..length).unwrap_or_default(), from));
     }
 }
