@@ -178,13 +178,13 @@ fn user(console: &mut Console, side: &Side<'_>) -> Result<()> {
     go(console)
 }
 
-/// The lines of [`traffic`](../guest/net.sh), with `mib` MiB each way.
+/// The lines of `traffic` in `guest/net.sh`, with `mib` MiB from the host and an eighth of that there.
 fn traffic(after: &After<'_>, mib: u64) -> Result<()> {
     let bytes = mib << 20;
     for line in [
         "GUEST ping 3 packets received".to_owned(),
         format!("GUEST download right {bytes} bytes"),
-        format!("GUEST upload right {bytes} bytes"),
+        format!("GUEST upload right {} bytes", bytes / 8),
         "GUEST echo tcp right tcp 20 connections of 100000 bytes".to_owned(),
         "GUEST echo udp right udp 20 datagrams of 1400 bytes".to_owned(),
         "GUEST echo large right udp 5 datagrams of 8000 bytes".to_owned(),

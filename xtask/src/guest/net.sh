@@ -38,11 +38,11 @@ download() { wget -q -O - "http://$1:$HTTP/$2/1" | tool net check "$2" 1; }
 # The servers of the guest, until it stops.
 serve() { tool net serve --until-gone /proc/1 "$@" >/tmp/serve.log & }
 
-# All there is to do with a host at address $1, moving $2 bytes each way.
+# All there is to do with a host at address $1: $2 bytes from there, and an eighth of that there.
 traffic() {
 	told "ping" pings "$1"
 	told "download" download "$1" "$2"
-	told "upload" tool net send "$1:$SINK" "$2" 2
+	told "upload" tool net send "$1:$SINK" $(($2 / 8)) 2
 	told "echo tcp" tool net echo tcp "$1:$ECHO" --count 20 --bytes 100000
 	told "echo udp" tool net echo udp "$1:$ECHO" --count 20 --bytes 1400
 	# These are sent in fragments.
