@@ -36,7 +36,10 @@ pings() { ping -c 3 -W 5 "$1" | grep -o '[0-9]* packets received'; }
 download() { wget -q -O - "http://$1:$HTTP/$2/1" | tool net check "$2" 1; }
 
 # The servers of the guest, until it stops.
-serve() { tool net serve --until-gone /proc/1 "$@" >/tmp/serve.log & }
+serve() {
+	tool net serve --until-gone /proc/1 "$@" >/tmp/serve.log &
+	try grep -q serving /tmp/serve.log
+}
 
 # All there is to do with a host at address $1: $2 bytes from there, and an eighth of that there.
 traffic() {

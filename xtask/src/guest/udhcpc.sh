@@ -2,7 +2,8 @@
 # What udhcpc does with a lease.
 case $1 in
 deconfig)
-	ip addr flush dev "$interface"
+	# Not the IPv6 addresses: without one of the link, the router is not asked for its advertisement.
+	ip -4 addr flush dev "$interface"
 	ip link set "$interface" up
 	;;
 bound | renew)
