@@ -142,9 +142,16 @@ fn tool(side: &Side<'_>, command: &str) -> Result<String> {
     side.sh(&format!("{INSIDE} $TOOL net {command}"))
 }
 
-/// What the VMM says about its network.
-fn counters(side: &Side<'_>) -> Result<String> {
-    side.sh("$VMM net ctl counters")
+/// A counter of the first card: `of` is card, port or nat.
+fn counter(side: &Side<'_>, of: &str, name: &str) -> Result<u64> {
+    let said = side.sh("$VMM net ctl counters")?;
+    let found = said.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).find_map(|line| {
+        match line.as_slice() {
+            ["net0", at, counter, value] if *at == of && *counter == name => value.parse().ok(),
+            _ => None,
+        }
+    });
+    found.with_context(|| format!("`freestone net` does not tell {of} {name}: {said}"))
 }
 
 /// Comes through the forwards of TCP and UDP at `tcp` and `udp`.
@@ -263,7 +270,11 @@ fn lan_done(after: &After<'_>) -> Result<()> {
 
 fn tap(console: &mut Console, side: &Side<'_>) -> Result<()> {
     come_in(console, side, "10.8.0.2:22", "10.8.0.2:23")?;
-    println!("{}", counters(side)?);
+    // Segments larger than an Ethernet frame went through in one piece.
+    let (bytes, frames) = (counter(side, "port", "rx_bytes")?, counter(side, "port", "rx_frames")?);
+    if bytes < frames * 2000 {
+        bail!("{bytes} bytes came in {frames} frames: large segments were cut");
+    }
     go(console)
 }
 
@@ -274,7 +285,11 @@ fn tap_done(after: &After<'_>) -> Result<()> {
 
 fn hostile(console: &mut Console, side: &Side<'_>) -> Result<()> {
     console.expect("GUEST ready counters")?;
-    println!("{}", counters(side)?);
+    for name in ["malformed", "fragments", "spoofed", "ignored", "limited", "tcp_opened"] {
+        if counter(side, "nat", name)? == 0 {
+            bail!("the NAT counted no {name} in a flood");
+        }
+    }
     let steady = "grep -c 'GUEST steady right' second.log";
     let before: u32 = side.sh(steady)?.trim().parse()?;
     side.sh(&format!(
