@@ -46,7 +46,7 @@ impl Whole {
             memory.view().write_slice(data, GuestAddress(gpa))?;
         }
         let entry = image.entry().ok_or("the image has no entry")?;
-        configure_boot(&mut vcpu, &memory, &BootState::Protected32 { entry, ebx: 0 })?;
+        configure_boot(&mut vcpu, &memory, &BootState::Protected32 { entry, ebx: 0, esi: 0 })?;
 
         let done = Arc::new(DonePort::default());
         let (pio, mmio) = buses()?;

@@ -28,6 +28,10 @@ pub enum Asset {
     RootDisk,
     /// An initramfs with tools and drivers for all devices, which needs no root disk.
     Tools,
+    /// The 32-bit kernel as a bzImage.
+    BzImage32,
+    /// As [`Asset::Tools`], for the 32-bit kernel and without a program of ours.
+    Tools32,
 }
 
 /// A machine with a KVM that can run Linux, the VMM and the guest's files.
@@ -140,7 +144,11 @@ impl Machine {
             (Self::Host { guest, .. }, Asset::Initramfs) => guest.initramfs.display().to_string(),
             (Self::Host { guest, .. }, Asset::RootDisk) => guest.root_disk.display().to_string(),
             (Self::Host { guest, .. }, Asset::Tools) => guest.tools.display().to_string(),
+            (Self::Host { guest, .. }, Asset::BzImage32) => guest.bzimage32.display().to_string(),
+            (Self::Host { guest, .. }, Asset::Tools32) => guest.tools32.display().to_string(),
             (Self::Lab(_), Asset::Tools) => lab::TOOLS.to_owned(),
+            (Self::Lab(_), Asset::BzImage32) => lab::BZIMAGE32.to_owned(),
+            (Self::Lab(_), Asset::Tools32) => lab::TOOLS32.to_owned(),
             (Self::Lab(_), Asset::BzImage) => lab::BZIMAGE.to_owned(),
             (Self::Lab(_), Asset::Vmlinux) => lab::VMLINUX.to_owned(),
             (Self::Lab(_), Asset::Initramfs) => lab::INITRAMFS.to_owned(),

@@ -11,6 +11,7 @@ mod lab;
 #[cfg(test)]
 mod layers;
 mod machine;
+mod net;
 mod process;
 mod repo;
 mod report;
@@ -77,6 +78,12 @@ enum Task {
         #[command(subcommand)]
         end: vsock::End,
     },
+    /// Serve, connect or send: one end of the networks' tests, in the guest or beside it.
+    #[command(hide = true)]
+    Net {
+        #[command(subcommand)]
+        program: net::Program,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -127,6 +134,8 @@ fn main() -> Result<()> {
             println!("{}", fetched.bzimage.display());
             println!("{}", fetched.vmlinux.display());
             println!("{}", fetched.busybox.display());
+            println!("{}", fetched.i386.bzimage.display());
+            println!("{}", fetched.i386.busybox.display());
             Ok(())
         }
         Task::Lab { options, task } => in_lab(&options.into(), task),
@@ -137,6 +146,7 @@ fn main() -> Result<()> {
         }
         Task::Agent { port } => lab::agent::serve(&port),
         Task::Vsock { end } => vsock::run(&end),
+        Task::Net { program } => net::run(&program),
     }
 }
 

@@ -203,12 +203,15 @@ pub(crate) enum ConsoleKind {
 /// How to enter a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Protocol {
-    /// PVH if the image has a PVH note, the 64-bit Linux protocol otherwise.
+    /// PVH if the image has a PVH note, the Linux protocol that fits the image otherwise.
     Auto,
     /// PVH, in 32-bit protected mode.
     Pvh,
     /// The 64-bit Linux boot protocol.
+    #[value(alias = "linux64")]
     Linux,
+    /// The 32-bit Linux boot protocol.
+    Linux32,
 }
 
 /// Host memory behind the guest's.

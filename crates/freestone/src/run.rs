@@ -134,6 +134,7 @@ fn payload(args: &Run) -> Result<Payload, Failure> {
         Protocol::Auto => loader::Protocol::Auto,
         Protocol::Pvh => loader::Protocol::Pvh,
         Protocol::Linux => loader::Protocol::Linux64,
+        Protocol::Linux32 => loader::Protocol::Linux32,
     };
     Ok(Payload::Kernel {
         kernel: open("kernel", kernel)?,

@@ -1,7 +1,7 @@
 //! Says what the loader finds in a kernel file and where it puts everything, without a hypervisor.
 //!
 //! ```text
-//! cargo run -p freestone-loader --example inspect -- KERNEL [--memory MIB] [--initrd FILE] [--protocol auto|pvh|linux64]
+//! cargo run -p freestone-loader --example inspect -- KERNEL [--memory MIB] [--initrd FILE] [--protocol auto|pvh|linux64|linux32]
 //! ```
 //!
 //! Without a kernel it inspects a small one that it makes itself.
@@ -51,7 +51,8 @@ fn parse() -> Result<Options, Box<dyn Error>> {
                     "auto" => Protocol::Auto,
                     "pvh" => Protocol::Pvh,
                     "linux64" => Protocol::Linux64,
-                    other => return Err(format!("{other:?} is not auto, pvh or linux64").into()),
+                    "linux32" => Protocol::Linux32,
+                    other => return Err(format!("{other:?} is not auto, pvh, linux64 or linux32").into()),
                 }
             }
             _ if arg.starts_with('-') => return Err(format!("unknown option {arg}").into()),
@@ -108,10 +109,14 @@ fn print(mem: &GuestMem, memory: u64, loaded: &Loaded) -> Result<(), Box<dyn Err
         Entry::Linux64 { entry, boot_params } => {
             println!("entry         Linux, 64-bit, {entry:#x}, boot parameters {boot_params:#x}");
         }
+        Entry::Linux32 { entry, boot_params } => {
+            println!("entry         Linux, 32-bit, {entry:#x}, boot parameters {boot_params:#x}");
+        }
         other => println!("entry         {other:x?}"),
     }
     let (Entry::Pvh32 { entry, .. }
     | Entry::Linux64 { entry, .. }
+    | Entry::Linux32 { entry, .. }
     | Entry::Flat32 { entry }
     | Entry::Flat64 { entry }) = loaded.entry
     else {

@@ -18,13 +18,16 @@ use crate::{Error, Result, bzimage, elf, pvh};
 /// How to enter a kernel that may be entered in more than one way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Protocol {
-    /// PVH when the file has a PVH note, the 64-bit Linux protocol otherwise.
+    /// PVH when the file has a PVH note, the Linux protocol otherwise: the 64-bit one where the kernel has that entry point, else
+    /// the 32-bit one.
     #[default]
     Auto,
     /// The PVH entry point of an ELF file.
     Pvh,
     /// The 64-bit Linux boot protocol.
     Linux64,
+    /// The 32-bit Linux boot protocol. Kernels of 64 bits in a bzImage have this entry point as well.
+    Linux32,
 }
 
 /// What to boot.
@@ -56,6 +59,13 @@ pub enum Entry {
     },
     /// 64-bit mode, memory mapped to itself, RSI = `boot_params` (64-bit Linux boot protocol).
     Linux64 {
+        /// Address of the first instruction.
+        entry: u64,
+        /// Address of `struct boot_params`.
+        boot_params: u64,
+    },
+    /// 32-bit protected mode, flat segments, paging off, ESI = `boot_params` (32-bit Linux boot protocol).
+    Linux32 {
         /// Address of the first instruction.
         entry: u64,
         /// Address of `struct boot_params`.
@@ -163,12 +173,11 @@ fn load_images(
     let cmdline = write_cmdline(&view, cmdline)?;
     let e820 = layout::e820(&ram::ranges(mem));
     let data = BootData { cmdline: cmdline.as_ref(), initrd: initrd.as_ref(), rsdp, e820: &e820 };
+    let boot_params = || linux::write_boot_params(&view, plan.setup, plan.load_address(), &data);
     let entry = match plan.entry {
         EntryPoint::Pvh(entry) => Entry::Pvh32 { entry, start_info: pvh::write_start_info(&view, &data)? },
-        EntryPoint::Linux64(entry) => Entry::Linux64 {
-            entry,
-            boot_params: linux::write_boot_params(&view, plan.setup, plan.load_address(), &data)?,
-        },
+        EntryPoint::Linux64(entry) => Entry::Linux64 { entry, boot_params: boot_params()? },
+        EntryPoint::Linux32(entry) => Entry::Linux32 { entry, boot_params: boot_params()? },
     };
     let segments = plan.segments.iter().map(|s| s.range()).collect();
     Ok(Loaded { entry, format: plan.format, kernel: plan.kernel, segments, initrd, cmdline })

@@ -71,24 +71,26 @@ pub(crate) fn plan(image: &Image<'_>, head: &[u8], protocol: Protocol, ram: &Ram
                 gpa: ph.gpa,
                 mem_len: ph.mem_len,
             }),
-            abi::PT_NOTE if protocol != Protocol::Linux64 => read_notes(image, &ph, &mut notes)?,
+            abi::PT_NOTE if matches!(protocol, Protocol::Auto | Protocol::Pvh) => {
+                read_notes(image, &ph, &mut notes)?
+            }
             _ => {}
         }
     }
     let kernel = plan::check_segments(image, ram, &mut segments)?;
     let entry = choose_entry(image, &header, &notes, protocol)?;
     let address = match entry {
-        EntryPoint::Pvh(address) | EntryPoint::Linux64(address) => address,
+        EntryPoint::Pvh(address) | EntryPoint::Linux64(address) | EntryPoint::Linux32(address) => address,
     };
     plan::check_entry(image, &segments, address)?;
-    let linux = notes.linux || matches!(entry, EntryPoint::Linux64(_));
+    let linux = notes.linux || !matches!(entry, EntryPoint::Pvh(_));
     let room = usize::try_from(CMDLINE_MAX).unwrap_or(usize::MAX).saturating_sub(1);
     Ok(Plan {
         format: Format::Elf,
         segments,
         kernel,
         entry,
-        setup: synthetic_setup_header(),
+        setup: synthetic_setup_header(header.wide),
         initrd_limit: RAM_ABOVE_HOLE,
         cmdline_max: if linux { LINUX_CMDLINE_MAX } else { room },
     })
@@ -240,24 +242,26 @@ fn choose_entry(image: &Image<'_>, header: &Header, notes: &Notes, protocol: Pro
     match (protocol, notes.pvh_entry) {
         (Protocol::Auto | Protocol::Pvh, Some(entry)) => Ok(EntryPoint::Pvh(entry)),
         (Protocol::Pvh, None) => refused(
-            "no PVH entry point (ELF note XEN_ELFNOTE_PHYS32_ENTRY): start it by the 64-bit Linux protocol",
+            "no PVH entry point (ELF note XEN_ELFNOTE_PHYS32_ENTRY): start it by the Linux boot protocol",
         ),
         (Protocol::Auto | Protocol::Linux64, _) if header.wide => Ok(EntryPoint::Linux64(header.entry)),
-        (Protocol::Auto | Protocol::Linux64, _) => {
-            refused("a 32-bit ELF file can only be started by PVH, and it has no PVH note for that")
-        }
+        (Protocol::Auto | Protocol::Linux32, _) if !header.wide => Ok(EntryPoint::Linux32(header.entry)),
+        (Protocol::Auto | Protocol::Linux64, _) => refused(
+            "a 32-bit ELF file has no 64-bit entry point: start it by the 32-bit Linux protocol or by PVH",
+        ),
+        (Protocol::Linux32, _) => refused("the entry point of a 64-bit ELF file is in 64-bit code"),
     }
 }
 
 /// An ELF file has no setup header, but the kernel looks at some fields of it (Documentation/x86/boot.rst).
-fn synthetic_setup_header() -> setup_header {
+fn synthetic_setup_header(wide: bool) -> setup_header {
     setup_header {
         boot_flag: 0xaa55,
         header: crate::bzimage::HDRS,
         version: 0x020f,
         loadflags: bootparam::LOADED_HIGH,
         kernel_alignment: 0x100_0000,
-        xloadflags: bootparam::XLF_KERNEL_64,
+        xloadflags: if wide { bootparam::XLF_KERNEL_64 } else { 0 },
         ..setup_header::default()
     }
 }

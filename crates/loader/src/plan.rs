@@ -47,6 +47,8 @@ pub(crate) enum EntryPoint {
     Pvh(u64),
     /// 64-bit entry of the Linux boot protocol.
     Linux64(u64),
+    /// 32-bit entry of the Linux boot protocol.
+    Linux32(u64),
 }
 
 /// A kernel that may be loaded.
@@ -57,7 +59,7 @@ pub(crate) struct Plan {
     /// Memory that belongs to the kernel from the start; it may be more than the segments.
     pub kernel: Range<u64>,
     pub entry: EntryPoint,
-    /// The setup header that `boot_params` starts from (used by [`EntryPoint::Linux64`]).
+    /// The setup header that `boot_params` starts from (used by the Linux boot protocols).
     pub setup: setup_header,
     /// First address an initrd may not reach.
     pub initrd_limit: u64,

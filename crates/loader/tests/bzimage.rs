@@ -119,18 +119,71 @@ fn pvh_of_a_bzimage_is_refused_with_advice() {
     assert!(message.contains("use the uncompressed kernel"), "{message}");
 }
 
+/// [`bzimage`] as a 32-bit kernel has it: `xloadflags` without `XLF_KERNEL_64`.
+fn i386() -> Vec<u8> {
+    let mut image = bzimage();
+    put(&mut image, 0x236, &[0, 0]);
+    image
+}
+
+/// [`bzimage`] as a kernel of boot protocol 2.11 has it, where the place of `xloadflags` has no meaning.
+fn before_xloadflags() -> Vec<u8> {
+    let mut image = bzimage();
+    put(&mut image, 0x206, &[0x0b, 2]);
+    image
+}
+
 #[test]
-fn kernel_without_a_64_bit_entry_is_refused() {
-    let mut old = bzimage();
-    put(&mut old, 0x206, &[0x0b, 2]);
-    let message = refusal(load(&memory(64 * MIB), &old, Protocol::Auto, None, ""));
+fn kernel_without_a_64_bit_entry_is_entered_in_32_bit_mode_at_its_first_byte() {
+    for image in [i386(), before_xloadflags()] {
+        let mem = memory(64 * MIB);
+        let loaded = load(&mem, &image, Protocol::Auto, None, "quiet").unwrap();
+        assert_eq!(loaded.entry, Entry::Linux32 { entry: 0x100_0000, boot_params: ZERO_PAGE });
+        assert_eq!(loaded.kernel, 0x100_0000..0x180_0000);
+        let page = bytes_at(&mem, ZERO_PAGE, 4096);
+        assert_eq!(u64::from(le32(&page, 0x214)), 16 * MIB, "code32_start");
+        assert_eq!(le32(&page, 0x228), 0x2_0000, "cmd_line_ptr");
+        assert_eq!(le64(&page, 0x70), 0xe_0000, "acpi_rsdp_addr");
+    }
+}
+
+#[test]
+fn kernel_with_both_entries_is_entered_in_32_bit_mode_when_asked() {
+    let loaded = load(&memory(64 * MIB), &bzimage(), Protocol::Linux32, None, "").unwrap();
+    assert_eq!(loaded.entry, Entry::Linux32 { entry: 0x100_0000, boot_params: ZERO_PAGE });
+}
+
+#[test]
+fn kernel_of_32_bits_that_cannot_be_relocated_is_entered_at_code32_start() {
+    let mut image = i386();
+    put(&mut image, 0x234, &[0]);
+    let loaded = load(&memory(64 * MIB), &image, Protocol::Auto, None, "").unwrap();
+    assert_eq!(loaded.entry, Entry::Linux32 { entry: MIB, boot_params: ZERO_PAGE });
+}
+
+#[test]
+fn kernel_without_a_64_bit_entry_is_refused_in_64_bit_mode() {
+    let message = refusal(load(&memory(64 * MIB), &before_xloadflags(), Protocol::Linux64, None, ""));
     assert_eq!(
         message,
-        "kernel \"k\": boot protocol version 0x20b is before 0x20c and has no 64-bit entry point"
+        "kernel \"k\": boot protocol version 0x20b is before 0x20c and has no 64-bit entry point: \
+         use the 32-bit Linux protocol"
     );
+    let message = refusal(load(&memory(64 * MIB), &i386(), Protocol::Linux64, None, ""));
+    assert_eq!(
+        message,
+        "kernel \"k\": xloadflags 0x0 offer no 64-bit entry point: use the 32-bit Linux protocol"
+    );
+}
 
-    let mut i386 = bzimage();
-    put(&mut i386, 0x236, &[0, 0]);
-    let message = refusal(load(&memory(64 * MIB), &i386, Protocol::Auto, None, ""));
-    assert_eq!(message, "kernel \"k\": xloadflags 0x0 offer no 64-bit entry point");
+#[test]
+fn kernel_that_does_not_say_how_much_memory_it_needs_is_refused() {
+    let mut old = bzimage();
+    put(&mut old, 0x206, &[0x09, 2]);
+    for protocol in [Protocol::Auto, Protocol::Linux32, Protocol::Linux64] {
+        assert_eq!(
+            refusal(load(&memory(64 * MIB), &old, protocol, None, "")),
+            "kernel \"k\": boot protocol version 0x209 is before 0x20a and does not say how much memory the kernel needs"
+        );
+    }
 }

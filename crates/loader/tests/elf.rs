@@ -95,6 +95,27 @@ fn elf_of_32_bits_starts_by_pvh() {
     assert_eq!(bytes_at(&mem, 0x20_0000, 16), [0xcc; 16]);
 }
 
+#[test]
+fn elf_of_32_bits_without_a_pvh_note_starts_by_the_32_bit_linux_protocol() {
+    let mut image = elf32();
+    put(&mut image, 52 + 32, &0_u32.to_le_bytes());
+    let mem = memory(64 * MIB);
+    for protocol in [Protocol::Auto, Protocol::Linux32] {
+        let loaded = load(&mem, &image, protocol, None, "quiet").unwrap();
+        assert_eq!(loaded.entry, Entry::Linux32 { entry: 0x20_0000, boot_params: ZERO_PAGE });
+    }
+    let page = bytes_at(&mem, ZERO_PAGE, 4096);
+    assert_eq!(page[0x236..0x238], [0, 0], "xloadflags");
+    let message = common::refusal(load(&mem, &image, Protocol::Linux64, None, ""));
+    assert!(message.contains("has no 64-bit entry point"), "{message}");
+}
+
+#[test]
+fn elf_of_64_bits_is_not_entered_in_32_bit_mode() {
+    let message = common::refusal(load(&memory(64 * MIB), &vmlinux(), Protocol::Linux32, None, ""));
+    assert!(message.ends_with("the entry point of a 64-bit ELF file is in 64-bit code"), "{message}");
+}
+
 /// A 32-bit ELF file with one segment of 16 bytes at 2 MiB and a PVH note for 0x20_0004.
 fn elf32() -> Vec<u8> {
     let mut b = vec![0; 0x200];

@@ -227,7 +227,7 @@ fn huge_note_segment_is_refused() {
 #[test]
 fn pvh_without_a_note_is_refused_with_advice() {
     let result = load(&memory(64 * MIB), &vmlinux_without_pvh(), Protocol::Pvh, None, "");
-    assert!(refusal(result).contains("start it by the 64-bit Linux protocol"));
+    assert!(refusal(result).contains("start it by the Linux boot protocol"));
 }
 
 #[test]
@@ -261,7 +261,7 @@ fn bzimage_with_nothing_behind_its_setup_is_refused() {
     let mut image = bzimage();
     put(&mut image, 0x1f4, &0_u32.to_le_bytes());
     image.truncate(0x400 + 0x200);
-    assert!(refusal(try_load(&image)).ends_with("leaves no room for the 64-bit entry point"));
+    assert!(refusal(try_load(&image)).ends_with("leaves no room for the entry point"));
 }
 
 #[test]
@@ -352,7 +352,7 @@ fn mutate(image: &mut Vec<u8>, changes: &[(usize, Vec<u8>)], cut: Option<usize>)
 }
 
 fn protocol() -> impl Strategy<Value = Protocol> {
-    prop_oneof![Just(Protocol::Auto), Just(Protocol::Pvh), Just(Protocol::Linux64)]
+    prop_oneof![Just(Protocol::Auto), Just(Protocol::Pvh), Just(Protocol::Linux64), Just(Protocol::Linux32)]
 }
 
 proptest! {

@@ -1,4 +1,5 @@
-//! The processor state in which a guest's first instruction runs: 16-bit, 32-bit (PVH) or 64-bit (Linux boot protocol).
+//! The processor state in which a guest's first instruction runs: 16-bit, 32-bit (PVH, Linux boot protocol) or 64-bit (Linux boot
+//! protocol).
 //!
 //! The boot processor alone is set up. Application processors wait for INIT and SIPI, as on hardware. Loading the kernel and
 //! writing what it is told (start info, boot parameters) is the loader's work.
@@ -38,12 +39,15 @@ pub enum BootState {
         offset: u16,
     },
     /// Protected mode with flat 4 GiB segments, paging and interrupts off: the state in which the PVH boot ABI (Xen,
-    /// `docs/misc/pvh.pandoc`) enters a kernel.
+    /// `docs/misc/pvh.pandoc`) and the 32-bit Linux boot protocol (`Documentation/arch/x86/boot.rst`, section "32-bit Boot
+    /// Protocol") enter a kernel. The general registers not named here are zero, but for the stack pointer.
     Protected32 {
         /// Guest-physical address of the first instruction, below 4 GiB.
         entry: u64,
-        /// EBX: guest-physical address of the PVH start info, below 4 GiB.
+        /// EBX: guest-physical address of the PVH start info, below 4 GiB; 0 for the Linux protocol.
         ebx: u64,
+        /// ESI: guest-physical address of `struct boot_params`, below 4 GiB; 0 for PVH.
+        esi: u64,
     },
     /// Long mode, paging on, the first [`IDENTITY_MAPPED`] bytes mapped to themselves: the 64-bit Linux boot protocol
     /// (`Documentation/arch/x86/boot.rst`, section "64-bit Boot Protocol").
@@ -66,7 +70,7 @@ pub fn configure_boot(vcpu: &mut dyn CpuState, mem: &GuestMem, state: &BootState
     let mut special = vcpu.special_regs().map_err(Error::hv("read the special registers"))?;
     let regs = match *state {
         BootState::Real16 { segment, offset } => real16(&mut special, segment, offset),
-        BootState::Protected32 { entry, ebx } => protected32(&mut special, mem, entry, ebx)?,
+        BootState::Protected32 { entry, ebx, esi } => protected32(&mut special, mem, entry, ebx, esi)?,
         BootState::Long64 { entry, rsi } => long64(&mut special, mem, entry, rsi)?,
     };
     vcpu.set_special_regs(&special).map_err(Error::hv("set the special registers"))?;
@@ -92,14 +96,15 @@ fn real16(special: &mut SpecialRegs, segment: u16, offset: u16) -> Regs {
     Regs { rip: offset.into(), rflags: RFLAGS_RESERVED, ..Regs::default() }
 }
 
-fn protected32(special: &mut SpecialRegs, mem: &GuestMem, entry: u64, ebx: u64) -> Result<Regs> {
+fn protected32(special: &mut SpecialRegs, mem: &GuestMem, entry: u64, ebx: u64, esi: u64) -> Result<Regs> {
     check("entry point", entry, "32-bit", u32::MAX.into())?;
     check("address of the start info", ebx, "32-bit", u32::MAX.into())?;
+    check("address of the boot parameters", esi, "32-bit", u32::MAX.into())?;
     flat_segments(special, mem, Segment { db: true, ..FLAT_CODE })?;
     special.cr0 = CR0_PE | CR0_ET;
     special.cr4 = 0;
     special.efer = 0;
-    Ok(Regs { rip: entry, rbx: ebx, rsp: BOOT_STACK, rflags: RFLAGS_RESERVED, ..Regs::default() })
+    Ok(Regs { rip: entry, rbx: ebx, rsi: esi, rsp: BOOT_STACK, rflags: RFLAGS_RESERVED, ..Regs::default() })
 }
 
 fn long64(special: &mut SpecialRegs, mem: &GuestMem, entry: u64, rsi: u64) -> Result<Regs> {

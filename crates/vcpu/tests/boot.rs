@@ -26,7 +26,7 @@ fn data_segments(s: &SpecialRegs) -> [Segment; 5] {
 
 #[test]
 fn pvh_enters_flat_protected_mode_with_the_start_info_in_ebx() {
-    let (regs, special, _) = booted(BootState::Protected32 { entry: 0x100_0000, ebx: 0x5000 });
+    let (regs, special, _) = booted(BootState::Protected32 { entry: 0x100_0000, ebx: 0x5000, esi: 0 });
     assert_eq!((regs.rip, regs.rbx, regs.rflags), (0x100_0000, 0x5000, 2));
     // PE and nothing else that can be written; ET always reads as one.
     assert_eq!((special.cr0, special.cr4, special.efer), (0x11, 0, 0));
@@ -43,6 +43,18 @@ fn pvh_enters_flat_protected_mode_with_the_start_info_in_ebx() {
     }
     let tr = special.tr;
     assert_eq!((tr.base, tr.limit, tr.kind, tr.s, tr.present), (0, 0x67, 0xb, false, true));
+}
+
+#[test]
+fn linux_32_bit_enters_flat_protected_mode_with_the_boot_parameters_in_esi() {
+    let (regs, special, _) = booted(BootState::Protected32 { entry: 0x100_0000, ebx: 0, esi: ZERO_PAGE });
+    assert_eq!((regs.rip, regs.rsi, regs.rflags), (0x100_0000, ZERO_PAGE, 2));
+    assert_eq!((regs.rbx, regs.rbp, regs.rdi), (0, 0, 0));
+    assert_eq!((special.cr0, special.cr4, special.efer), (0x11, 0, 0));
+    assert_eq!((special.cs.selector, special.cs.base, special.cs.limit), (0x10, 0, u32::MAX));
+    for s in data_segments(&special) {
+        assert_eq!((s.selector, s.base, s.limit), (0x18, 0, u32::MAX));
+    }
 }
 
 #[test]
@@ -77,7 +89,7 @@ fn the_gdt_in_memory_has_the_descriptors_of_the_loaded_segments() {
     let descriptor = |mem: &GuestMem, selector: u16| {
         mem.view().read_obj::<u64>(GuestAddress(BOOT_GDT + u64::from(selector))).unwrap()
     };
-    let (_, special, mem) = booted(BootState::Protected32 { entry: 0, ebx: 0 });
+    let (_, special, mem) = booted(BootState::Protected32 { entry: 0, ebx: 0, esi: 0 });
     assert_eq!((special.gdt.base, special.gdt.limit), (BOOT_GDT, 31));
     assert_eq!(descriptor(&mem, 0), 0);
     assert_eq!(descriptor(&mem, boot::BOOT_CS), 0x00cf_9b00_0000_ffff);
@@ -101,7 +113,7 @@ fn real_mode_starts_at_segment_and_offset_with_all_segments_alike() {
 fn what_is_not_part_of_the_boot_state_stays_as_the_reset_left_it() {
     for state in [
         BootState::Real16 { segment: 0, offset: 0 },
-        BootState::Protected32 { entry: 0, ebx: 0 },
+        BootState::Protected32 { entry: 0, ebx: 0, esi: 0 },
         BootState::Long64 { entry: 0, rsi: 0 },
     ] {
         assert_eq!(booted(state).1.apic_base, 0xfee0_0900, "{state:?}");
@@ -113,8 +125,9 @@ fn an_address_that_does_not_fit_the_mode_is_refused_by_value() {
     let mem = GuestMem::anonymous(1 << 20).unwrap();
     let mut vcpu = vcpu(&ScriptedHypervisor::new(Script::new()));
     for state in [
-        BootState::Protected32 { entry: 1 << 32, ebx: 0 },
-        BootState::Protected32 { entry: 0, ebx: 1 << 32 },
+        BootState::Protected32 { entry: 1 << 32, ebx: 0, esi: 0 },
+        BootState::Protected32 { entry: 0, ebx: 1 << 32, esi: 0 },
+        BootState::Protected32 { entry: 0, ebx: 0, esi: 1 << 32 },
         BootState::Long64 { entry: 1 << 32, rsi: 0 },
         BootState::Long64 { entry: 0, rsi: 1 << 32 },
     ] {
@@ -131,7 +144,8 @@ fn memory_too_small_for_the_tables_is_an_error() {
     assert!(matches!(error, Error::PageTables { gpa: BOOT_PAGE_TABLES, .. }), "{error:?}");
     let high =
         GuestMemBuilder::with_ranges(vec![RamRange { start: 0x10_0000, len: 0x1000 }]).build().unwrap();
-    let error = configure_boot(&mut vcpu, &high, &BootState::Protected32 { entry: 0, ebx: 0 }).unwrap_err();
+    let error =
+        configure_boot(&mut vcpu, &high, &BootState::Protected32 { entry: 0, ebx: 0, esi: 0 }).unwrap_err();
     assert!(matches!(error, Error::Memory { gpa: BOOT_GDT, .. }), "{error:?}");
 }
 

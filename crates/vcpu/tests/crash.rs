@@ -45,7 +45,7 @@ fn the_segment_base_counts_in_real_mode() {
 
 #[test]
 fn the_summary_is_one_line_with_vcpu_reason_and_place() {
-    let (vcpu, mem) = booted(&BootState::Protected32 { entry: 0x1234, ebx: 0 });
+    let (vcpu, mem) = booted(&BootState::Protected32 { entry: 0x1234, ebx: 0, esi: 0 });
     let crash = Crash::collect(&vcpu, &mem, StopReason::Shutdown);
     assert_eq!(crash.summary(), "vCPU 0: triple fault (rip 0x1234)");
 }
@@ -71,7 +71,7 @@ fn an_instruction_pointer_that_means_nothing_is_reported_as_such() {
 
 #[test]
 fn code_at_the_end_of_memory_is_shown_as_far_as_it_goes() {
-    let (mut vcpu, mem) = booted(&BootState::Protected32 { entry: 0, ebx: 0 });
+    let (mut vcpu, mem) = booted(&BootState::Protected32 { entry: 0, ebx: 0, esi: 0 });
     vcpu.set_regs(&Regs { rip: (4 << 20) - 3, ..Regs::default() }).unwrap();
     assert_eq!(Crash::collect(&vcpu, &mem, StopReason::Shutdown).code.len(), 3);
 }

@@ -170,10 +170,11 @@ fn create_vcpus<V: Vm>(vm: &V, host: &[CpuidLeaf], cpus: u32, irq_chip: bool) ->
 /// What the loader's entry means for registers.
 fn boot_state(entry: &Entry) -> BootState {
     match *entry {
-        Entry::Pvh32 { entry, start_info } => BootState::Protected32 { entry, ebx: start_info },
+        Entry::Pvh32 { entry, start_info } => BootState::Protected32 { entry, ebx: start_info, esi: 0 },
+        Entry::Linux32 { entry, boot_params } => BootState::Protected32 { entry, ebx: 0, esi: boot_params },
         Entry::Linux64 { entry, boot_params } => BootState::Long64 { entry, rsi: boot_params },
         Entry::Real16 { segment, offset } => BootState::Real16 { segment, offset },
-        Entry::Flat32 { entry } => BootState::Protected32 { entry, ebx: 0 },
+        Entry::Flat32 { entry } => BootState::Protected32 { entry, ebx: 0, esi: 0 },
         Entry::Flat64 { entry } => BootState::Long64 { entry, rsi: 0 },
     }
 }

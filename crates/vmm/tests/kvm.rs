@@ -214,7 +214,7 @@ fn the_walker_agrees_with_the_page_tables_of_a_running_guest() {
     let mut vcpu = vm.create_vcpu(0).unwrap();
     let config = CpuidConfig { lapic: false, ..CpuidConfig::new(1, 0) };
     vcpu.set_cpuid(&cpuid::filter(&kvm.supported_cpuid().unwrap(), &config)).unwrap();
-    configure_boot(&mut vcpu, &memory, &BootState::Protected32 { entry, ebx: start_info }).unwrap();
+    configure_boot(&mut vcpu, &memory, &BootState::Protected32 { entry, ebx: start_info, esi: 0 }).unwrap();
 
     let (pio, done) = (Bus::new(), Arc::new(Done::default()));
     pio.insert(DONE_PORT.into(), 1, done.clone()).unwrap();

@@ -57,6 +57,7 @@ pub fn all() -> Vec<Case> {
         script("terminal_restored", TERMINAL, 0, terminal_restored),
     ];
     cases.extend(super::devices::all());
+    cases.extend(super::net::all());
     cases.extend(bad_input());
     cases
 }

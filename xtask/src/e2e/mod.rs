@@ -5,6 +5,7 @@
 
 mod cases;
 mod devices;
+mod net;
 
 use std::collections::VecDeque;
 use std::fs;
@@ -73,6 +74,8 @@ pub struct Linux {
     pub setup: &'static str,
     /// More of the VMM's command line, separated by spaces. Files are in the case's directory.
     pub args: &'static str,
+    /// A command that runs the VMM, as the shell takes it; empty for none.
+    pub within: &'static str,
 }
 
 impl Linux {
@@ -80,7 +83,18 @@ impl Linux {
     pub const fn new(kernel: Asset, scenario: &'static str) -> Self {
         let initrd = Asset::Initramfs;
         let (memory, console) = ("256M", "ttyS0");
-        Self { kernel, initrd, cpus: 1, memory, scenario, console, disks: &[], setup: "", args: "" }
+        Self {
+            kernel,
+            initrd,
+            cpus: 1,
+            memory,
+            scenario,
+            console,
+            disks: &[],
+            setup: "",
+            args: "",
+            within: "",
+        }
     }
 }
 
@@ -107,10 +121,13 @@ pub struct Side<'a> {
 }
 
 impl Side<'_> {
-    /// Runs a shell script in the case's directory and returns its output; fails when it does. `$VMM` is the VMM.
+    /// Runs a shell script in the case's directory and returns its output; fails when it does. `$VMM` is the VMM, `$TOOL` this
+    /// program, `$KERNEL` and `$TOOLS` are what a guest with the devices' script boots from.
     pub fn sh(&self, script: &str) -> Result<String> {
-        let vmm = self.machine.vmm();
-        self.machine.sh(&format!("cd '{}'; VMM='{vmm}' TOOL='{}'\n{script}", self.dir, self.machine.tool()))
+        let (vmm, tool) = (self.machine.vmm(), self.machine.tool());
+        let (kernel, tools) = (self.machine.asset(Asset::BzImage), self.machine.asset(Asset::Tools));
+        let names = format!("export VMM='{vmm}' TOOL='{tool}' KERNEL='{kernel}' TOOLS='{tools}'");
+        self.machine.sh(&format!("cd '{}'; {names}\n{script}", self.dir))
     }
 }
 
@@ -315,7 +332,7 @@ fn command_line(machine: &Machine, case: &Case, kernel_log: bool, dir: &str) -> 
     argv.extend(linux.args.split_whitespace().map(str::to_owned));
     // Names of files are relative to the case's directory.
     let words = argv.iter().map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");
-    Ok(["sh", "-c", &format!("cd '{dir}'; exec {words}")].map(str::to_owned).into())
+    Ok(["sh", "-c", &format!("cd '{dir}'; exec {} {words}", linux.within)].map(str::to_owned).into())
 }
 
 /// The command that boots the Linux guest, without its disks.

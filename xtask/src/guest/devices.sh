@@ -21,6 +21,8 @@ done
 
 say() { echo "GUEST $*"; }
 
+. /net.sh
+
 stop() {
 	sync
 	say "stop"
@@ -193,6 +195,8 @@ say "up $(uname -r) cpus=$(nproc) transport=$(ls /sys/bus/virtio/devices/virtio0
 case $scenario in
 filesystem | zeroing | load | resize | rng | balloon | memory | pmem | errors | shrunk) $scenario ;;
 vsock) tool vsock guest 32 ;;
+classic) classic ;;
+net_*) $scenario ;;
 hvc)
 	say "console $(cat /sys/class/tty/console/active)"
 	say "size $(stty size </dev/hvc0)"

@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::cpio::Archive;
-use crate::fetch::Fetched;
+use crate::fetch::{Fetched, Fetched32};
 use crate::repo;
 use crate::ship::ship;
 
 /// The drivers of the devices' tests, in the order in which they load.
-const DEVICE_MODULES: [&str; 22] = [
+const DEVICE_MODULES: [&str; 25] = [
     "drivers/virtio/virtio_ring",
     "drivers/virtio/virtio",
     "drivers/virtio/virtio_mmio",
@@ -24,6 +24,9 @@ const DEVICE_MODULES: [&str; 22] = [
     "drivers/virtio/virtio_pci",
     "drivers/char/virtio_console",
     "drivers/block/virtio_blk",
+    "net/core/failover",
+    "drivers/net/net_failover",
+    "drivers/net/virtio_net",
     "drivers/misc/pvpanic/pvpanic",
     "drivers/misc/pvpanic/pvpanic-mmio",
     "drivers/char/hw_random/virtio-rng",
@@ -38,6 +41,28 @@ const DEVICE_MODULES: [&str; 22] = [
     "drivers/nvdimm/nd_virtio",
     "drivers/nvdimm/virtio_pmem",
     "drivers/dax/dax_pmem",
+];
+
+/// The drivers of the 32-bit kernel, in the order in which they load. What is built into the cloud kernel is a module here.
+const MODULES_32: [&str; 18] = [
+    "drivers/virtio/virtio_ring",
+    "drivers/virtio/virtio",
+    "drivers/virtio/virtio_mmio",
+    "drivers/virtio/virtio_pci_legacy_dev",
+    "drivers/virtio/virtio_pci_modern_dev",
+    "drivers/virtio/virtio_pci",
+    "drivers/block/virtio_blk",
+    "net/core/failover",
+    "drivers/net/net_failover",
+    "drivers/net/virtio_net",
+    "drivers/char/hw_random/virtio-rng",
+    "drivers/misc/pvpanic/pvpanic",
+    "drivers/misc/pvpanic/pvpanic-mmio",
+    "lib/crc16",
+    "fs/mbcache",
+    "crypto/crc32c_generic",
+    "fs/jbd2/jbd2",
+    "fs/ext4/ext4",
 ];
 
 /// Programs of this system that the devices' tests use inside the guest.
@@ -72,6 +97,10 @@ pub struct Guest {
     pub tools: PathBuf,
     /// The root disk as it is before the first boot.
     pub root_disk: PathBuf,
+    /// The 32-bit kernel as a bzImage.
+    pub bzimage32: PathBuf,
+    /// The initramfs of the 32-bit kernel, with the scripts of the devices' tests.
+    pub tools32: PathBuf,
 }
 
 /// Makes the guest's files from what was fetched. `tool` is this program as a static binary.
@@ -84,9 +113,12 @@ pub fn build(fetched: &Fetched, tool: &Path) -> Result<Guest> {
         initramfs: dir.join("initramfs.cpio"),
         tools: dir.join("tools.cpio"),
         root_disk: dir.join("root.img"),
+        bzimage32: fetched.i386.bzimage.clone(),
+        tools32: dir.join("tools32.cpio"),
     };
     repo::write_atomically(&guest.initramfs, &initramfs(fetched)?)?;
     repo::write_atomically(&guest.tools, &tools(fetched, tool)?)?;
+    repo::write_atomically(&guest.tools32, &tools32(&fetched.i386)?)?;
     root_disk(fetched, &guest.root_disk)?;
     Ok(guest)
 }
@@ -121,16 +153,29 @@ fn initramfs(fetched: &Fetched) -> Result<Vec<u8>> {
     archive.finish()
 }
 
-fn tools(fetched: &Fetched, tool: &Path) -> Result<Vec<u8>> {
+/// What the devices' tests have on either kernel: busybox, the scripts and the drivers.
+fn scripts(busybox: &Path, modules: &Path, names: &[&str]) -> Result<Archive> {
     let mut archive = Archive::new();
-    for dir in ["/bin", "/dev", "/proc", "/sys", "/root", "/tmp", "/mnt"] {
+    for dir in ["/bin", "/dev", "/etc", "/proc", "/sys", "/root", "/tmp", "/mnt"] {
         archive.dir(dir)?;
     }
     archive.char_device("/dev/console", 5, 1)?;
-    archive.copy("/bin/busybox", 0o755, &fetched.busybox)?;
-    archive.copy("/bin/tool", 0o755, tool)?;
+    archive.copy("/bin/busybox", 0o755, busybox)?;
     archive.file("/init", 0o755, include_bytes!("devices.sh"))?;
-    add_modules(&mut archive, &fetched.modules, &DEVICE_MODULES)?;
+    archive.file("/net.sh", 0o644, include_bytes!("net.sh"))?;
+    archive.file("/etc/udhcpc/default.script", 0o755, include_bytes!("udhcpc.sh"))?;
+    add_modules(&mut archive, modules, names)?;
+    Ok(archive)
+}
+
+/// The 32-bit guest has no program of ours: there is no compiler for it here.
+fn tools32(fetched: &Fetched32) -> Result<Vec<u8>> {
+    scripts(&fetched.busybox, &fetched.modules, &MODULES_32)?.finish()
+}
+
+fn tools(fetched: &Fetched, tool: &Path) -> Result<Vec<u8>> {
+    let mut archive = scripts(&fetched.busybox, &fetched.modules, &DEVICE_MODULES)?;
+    archive.copy("/bin/tool", 0o755, tool)?;
     let mut shipped = BTreeSet::new();
     for name in TOOLS {
         let path = repo::find_program(name).with_context(|| format!("{name} was not found"))?;

@@ -104,6 +104,8 @@ fn archive(fetched: &Fetched, guest: &Guest, contents: &Contents, binaries: &Pat
         (super::INITRAMFS, &guest.initramfs),
         (super::TOOLS, &guest.tools),
         (super::ROOT_DISK, &guest.root_disk),
+        (super::BZIMAGE32, &guest.bzimage32),
+        (super::TOOLS32, &guest.tools32),
     ] {
         archive.copy(name, 0o644, path)?;
     }

@@ -37,6 +37,10 @@ pub const VMLINUX: &str = "/lab/vmlinux";
 pub const INITRAMFS: &str = "/lab/initramfs.cpio";
 /// Path of the initramfs with the tools for devices inside the lab.
 pub const TOOLS: &str = "/lab/tools.cpio";
+/// Path of the 32-bit guest's bzImage inside the lab.
+pub const BZIMAGE32: &str = "/lab/bzImage32";
+/// Path of the 32-bit guest's initramfs inside the lab.
+pub const TOOLS32: &str = "/lab/tools32.cpio";
 /// Path of this program inside the lab.
 pub const TOOL: &str = "/bin/xtask";
 /// Path of the guest's root disk inside the lab.
