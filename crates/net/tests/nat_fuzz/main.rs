@@ -125,7 +125,7 @@ fn small_limits() -> Limits {
     limits
 }
 
-/// Runs many cases of a NAT made by `config`, and gives what was dialled to `judge`. Returns how much that was for each case.
+/// Runs many cases of a NAT made by `config`, and gives what was dialled to `judge`. Returns how much that was.
 fn fuzz(config: impl Fn() -> NatConfig, judge: impl Fn(Option<Protocol>, SocketAddr)) -> u64 {
     let base = setting("FREESTONE_FUZZ_SEED");
     let cases = if base.is_some() { 1 } else { setting("FREESTONE_FUZZ_CASES").unwrap_or(150) };
@@ -155,7 +155,7 @@ fn fuzz(config: impl Fn() -> NatConfig, judge: impl Fn(Option<Protocol>, SocketA
         let now = resident_kib();
         assert!(now < before + (64 << 10), "grew from {before} KiB to {now} KiB");
     }
-    dialled / cases
+    dialled
 }
 
 /// Says the seed of a case that fails.
@@ -182,7 +182,7 @@ fn nothing_outside_the_policy_is_reached() {
             Policy { rules: rules.iter().map(|rule| Rule::parse(Action::Allow, rule).unwrap()).collect() };
         config
     };
-    let each = fuzz(config, |protocol, to| {
+    let reached = fuzz(config, |protocol, to| {
         if protocol.is_some() && to == name_server {
             return;
         }
@@ -195,7 +195,7 @@ fn nothing_outside_the_policy_is_reached() {
             "{protocol:?} {to}"
         );
     });
-    assert!(each > 0, "nothing was reached at all");
+    assert!(reached > 0, "nothing was reached at all");
 }
 
 #[test]
@@ -222,7 +222,7 @@ fn without_rules_only_single_hosts_are_reached_and_loopback_by_the_gateway_alone
         }];
         config
     };
-    let each = fuzz(config, |_, to| match to.ip() {
+    let reached = fuzz(config, |_, to| match to.ip() {
         IpAddr::V4(addr) => {
             let forbidden = addr.is_multicast() || addr.is_broadcast() || addr.octets()[0] == 0;
             let loopback = addr.is_loopback() && addr != Ipv4Addr::LOCALHOST;
@@ -233,5 +233,5 @@ fn without_rules_only_single_hosts_are_reached_and_loopback_by_the_gateway_alone
             assert!(!forbidden, "{to}");
         }
     });
-    assert!(each > 10, "{each} sockets for each case");
+    assert!(reached > 300, "{reached} sockets");
 }
