@@ -134,7 +134,7 @@ pub(crate) struct Run {
     /// tap=NAME: an interface of the host, which is made if it is not there; up=on brings it up. tap,fd=N: a descriptor of one.
     ///
     /// switch=NAME or switch=PATH: a switch that machines share. Options: vlan=N; trunk=N+N-N (vlan= is then that of frames without
-    /// a tag); isolated=on; pin=on.
+    /// a tag); isolated=on; pin=on; mirror=FILE records what passes the switch.
     ///
     /// stream=PATH or stream=tcp:ADDR:PORT: a socket with QEMU, passt or another machine at its other end. Options: server=on; reconnect=SECONDS or off.
     ///

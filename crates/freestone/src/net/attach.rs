@@ -197,6 +197,10 @@ fn plug(spec: &NetSpec, name: &str, mac: MacAddr) -> Result<(Box<dyn Port>, Plac
                 ..PortOptions::default()
             };
             let (port, switch) = NamedSwitch::join(&place.name, options)?;
+            if let Some(path) = &place.mirror {
+                let capture = Capture::create(path, &place.name)?;
+                switch.switch().mirror_to(Some(Box::new(capture)));
+            }
             let id = port.id();
             (Box::new(port), Place::Switch { name: place.name.clone(), switch, id })
         }

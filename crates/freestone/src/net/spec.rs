@@ -36,7 +36,7 @@ const COMMON: &[&str] = &[
 const OF_KINDS: &[(&str, &[&str])] = &[
     ("user", user::OPTIONS),
     ("tap", &["ifname", "up", "fd"]),
-    ("switch", &["vlan", "trunk", "isolated", "pin"]),
+    ("switch", &["vlan", "trunk", "isolated", "pin", "mirror"]),
     ("stream", &["server", "reconnect"]),
 ];
 
@@ -120,6 +120,8 @@ pub(crate) struct SwitchSpec {
     pub(crate) isolated: bool,
     /// Whether the machine may send from its own address alone.
     pub(crate) pin: bool,
+    /// Where all frames that pass this process's part of the switch are captured.
+    pub(crate) mirror: Option<PathBuf>,
 }
 
 /// A stream socket.
@@ -276,6 +278,7 @@ fn switch(options: &mut Options) -> Result<SwitchSpec, String> {
         },
         isolated: options.switch("isolated")?.unwrap_or(false),
         pin: options.switch("pin")?.unwrap_or(false),
+        mirror: options.text("mirror")?.map(Into::into),
     })
 }
 
@@ -475,7 +478,10 @@ mod tests {
             ("user,bandwidth=0", "bandwidth=0"),
             ("user,link=up", "link=up: say on or off"),
             ("user,frob=1", "\"frob\" is no option here; there are: net, host"),
-            ("switch=a,frob", "\"frob\" is no option here; there are: vlan, trunk, isolated, pin, mac"),
+            (
+                "switch=a,frob",
+                "\"frob\" is no option here; there are: vlan, trunk, isolated, pin, mirror, mac",
+            ),
             ("user,mtu=1400,mtu=1500", "\"mtu\" is given twice"),
         ] {
             let error = spec(text).unwrap_err();

@@ -121,10 +121,33 @@ impl Capture {
         self.add(direction, now(), frame);
     }
 
+    /// Captures a frame of which nobody can say whether it comes or goes, and whose parts are one after the other.
+    pub fn parts(&self, parts: &[&[u8]]) {
+        let len = parts.iter().map(|part| part.len()).sum();
+        self.write(|writer| {
+            writer.packet(None, now(), len, |writer| {
+                // The packet's length was said.
+                let mut left = len.min(SNAPLEN as usize);
+                for part in parts {
+                    let part = part.get(..left.min(part.len())).unwrap_or_default();
+                    writer.buffer.extend(part);
+                    left -= part.len();
+                }
+                Ok(())
+            })
+        });
+    }
+
     pub(super) fn add(&self, direction: Direction, time: u64, frame: &Frame<'_, '_>) {
+        self.write(|writer| {
+            let frame_in_file = frame.truncate(SNAPLEN as usize);
+            writer.packet(Some(direction), time, frame.len(), |writer| writer.data(&frame_in_file))
+        });
+    }
+
+    fn write(&self, packet: impl FnOnce(&mut Writer) -> io::Result<bool>) {
         let shared = &*self.0;
-        let captured = !shared.failed.load(Ordering::Relaxed)
-            && shared.attempt(|writer| writer.packet(direction, time, frame)).unwrap_or(false);
+        let captured = !shared.failed.load(Ordering::Relaxed) && shared.attempt(packet).unwrap_or(false);
         let counter = if captured { &shared.captured } else { &shared.missed };
         counter.fetch_add(1, Ordering::Relaxed);
     }
@@ -202,13 +225,19 @@ impl Writer {
         }
     }
 
-    /// Adds a packet; `false` if there is no room for it now.
-    fn packet(&mut self, direction: Direction, time: u64, frame: &Frame<'_, '_>) -> io::Result<bool> {
-        let original = u32::try_from(frame.len()).unwrap_or(u32::MAX);
+    /// Adds a packet of `len` bytes, of which `data` adds the first SNAPLEN; `false` if there is no room for it now.
+    fn packet(
+        &mut self,
+        direction: Option<Direction>,
+        time: u64,
+        len: usize,
+        data: impl FnOnce(&mut Self) -> io::Result<()>,
+    ) -> io::Result<bool> {
+        let original = u32::try_from(len).unwrap_or(u32::MAX);
         let captured = original.min(SNAPLEN);
-        let frame = frame.truncate(captured as usize);
-        let padding = frame.len().next_multiple_of(4) - frame.len();
-        let total = AROUND + frame.len() + padding;
+        let len = captured as usize;
+        let padding = len.next_multiple_of(4) - len;
+        let total = AROUND + len + padding;
         if self.buffer.len() + total > LIMIT {
             self.push()?;
             if self.buffer.len() + total > LIMIT {
@@ -223,9 +252,10 @@ impl Writer {
         for field in [high, low, captured, original] {
             self.buffer.extend(field.to_le_bytes());
         }
-        self.data(&frame)?;
+        data(self)?;
         self.buffer.resize(self.buffer.len() + padding, 0);
-        option(&mut self.buffer, EPB_FLAGS, &(direction as u32).to_le_bytes());
+        let flags = direction.map_or(0, |direction| direction as u32);
+        option(&mut self.buffer, EPB_FLAGS, &flags.to_le_bytes());
         option(&mut self.buffer, 0, &[]);
         self.buffer.extend(total);
         if self.buffer.len() >= ENOUGH {

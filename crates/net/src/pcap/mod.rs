@@ -127,3 +127,14 @@ impl Endpoint for Captured {
         self.inner.drop_next();
     }
 }
+
+#[cfg(feature = "switch")]
+impl crate::switch::Mirror for Capture {
+    fn frame(&mut self, _: crate::switch::PortId, _: &VnetHeader, parts: &[&[u8]]) {
+        self.parts(parts);
+    }
+
+    fn flush(&mut self) {
+        Capture::flush(self);
+    }
+}

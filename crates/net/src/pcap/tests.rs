@@ -83,6 +83,34 @@ struct Packet {
     data: Vec<u8>,
 }
 
+#[cfg(feature = "switch")]
+#[test]
+fn a_switch_can_be_mirrored_to_a_capture() {
+    use crate::switch::{PortOptions, Switch};
+    let mut file = tempfile::tempfile().unwrap();
+    let switch = Switch::default();
+    let capture = Capture::new(file.try_clone().unwrap(), "lan0").unwrap();
+    switch.mirror_to(Some(Box::new(capture.clone())));
+    let mut port = switch.port(PortOptions::default()).unwrap();
+    let mut end = port.open(&Setup { pairs: 1, receive: Offloads::empty() }).unwrap().remove(0);
+    let mut frame = [0x5A; 61];
+    frame[..12].copy_from_slice(&[0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 2, 0, 0, 0, 0, 1]);
+    let mut bytes = frame;
+    let slice = freestone_memory::own_slice(&mut bytes);
+    assert_eq!(end.transmit(&VnetHeader::default(), Frame::new(&[slice])), Sent::Done);
+    end.flush();
+    let mut written = Vec::new();
+    std::io::Seek::rewind(&mut file).unwrap();
+    file.read_to_end(&mut written).unwrap();
+    let (name, packets) = read(&written);
+    assert_eq!((name.as_str(), packets.len()), ("lan0", 1));
+    assert_eq!(
+        (packets[0].flags, packets[0].original, packets[0].data.as_slice()),
+        (0, 61, frame.as_slice())
+    );
+    assert_eq!(capture.counts().captured, 1);
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }

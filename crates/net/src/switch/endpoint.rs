@@ -364,6 +364,7 @@ impl Endpoint for SwitchEndpoint {
 
     fn flush(&mut self) {
         self.wake_receivers();
+        self.open.attachment.switch.flush_mirror();
     }
 
     fn waiting(&mut self) -> Option<usize> {

@@ -96,6 +96,9 @@ pub trait Mirror: Send {
     /// A frame of the port `port`, as it came: the parts are one after the other. It is called on the way of the frame: it must
     /// not wait.
     fn frame(&mut self, port: PortId, header: &VnetHeader, parts: &[&[u8]]);
+
+    /// There will be no more frames for a while.
+    fn flush(&mut self) {}
 }
 
 /// A learning switch. See the [module](self).
@@ -296,6 +299,15 @@ impl Inner {
         if let Some(mirror) = lock(&self.mirror).as_mut() {
             let tag = packet.tag.map(vlan::Tag::to_bytes);
             mirror.frame(port, &packet.header(tag.is_some()), &packet.parts(tag.as_ref()));
+        }
+    }
+
+    /// Lets the mirror do what it put off.
+    fn flush_mirror(&self) {
+        if self.mirrored.load(Ordering::Relaxed)
+            && let Some(mirror) = lock(&self.mirror).as_mut()
+        {
+            mirror.flush();
         }
     }
 }
