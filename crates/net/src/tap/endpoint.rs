@@ -10,7 +10,9 @@ use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend, MemorySlice};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 
 use crate::gso;
-use crate::{Endpoint, Error, Frame, Offloads, PortStats, Received, Result, Sent, Source, VnetHeader};
+use crate::{
+    Endpoint, Error, Frame, Offloads, PortStats, Received, Result, Sent, SharedOffloads, Source, VnetHeader,
+};
 
 /// The largest frame: an IP packet of 64 KiB, Ethernet, and two tags of VLANs.
 const MAX_FRAME: usize = 65535 + 22;
@@ -33,9 +35,8 @@ pub(super) struct TapEndpoint {
     writing: Arc<OwnedFd>,
     vnet: bool,
     /// What the machine lets be left undone.
-    receive: Offloads,
-    /// Bytes that most frames have at most.
-    usual: usize,
+    receive: Arc<SharedOffloads>,
+    mtu: Option<u16>,
     /// It was not found empty since it was last found readable.
     readable: bool,
     /// Frames that did not fit into the room they were read to: here.
@@ -58,7 +59,7 @@ impl TapEndpoint {
     pub(super) fn new(
         fd: Arc<OwnedFd>,
         vnet: bool,
-        receive: Offloads,
+        receive: Arc<SharedOffloads>,
         mtu: Option<u16>,
         stats: Arc<PortStats>,
     ) -> Result<Self> {
@@ -68,13 +69,30 @@ impl TapEndpoint {
         epoll::add(&writing, &fd, epoll::EventData::new_u64(0), edges).map_err(|e| failed()(e.into()))?;
         let spill = GuestMem::anonymous(SPILL as u64)
             .map_err(|e| Error::io("get memory for the frames of a tap")(io::Error::other(e)))?;
-        let large = Offloads::TSO4 | Offloads::TSO6 | Offloads::UFO | Offloads::USO;
-        let usual = match mtu {
-            Some(mtu) if !receive.intersects(large) => usize::from(mtu) + ETHERNET,
-            _ => MAX_FRAME,
-        };
         let writing = Arc::new(writing);
-        Ok(Self { fd, writing, vnet, receive, usual, readable: true, spill, waiting: None, stats })
+        Ok(Self { fd, writing, vnet, receive, mtu, readable: true, spill, waiting: None, stats })
+    }
+
+    /// Bytes that most frames have at most.
+    fn usual(&self) -> usize {
+        let large = Offloads::TSO4 | Offloads::TSO6 | Offloads::UFO | Offloads::USO;
+        match self.mtu {
+            Some(mtu) if !self.receive.get().intersects(large) => usize::from(mtu) + ETHERNET,
+            _ => MAX_FRAME,
+        }
+    }
+
+    /// Whether the machine may see a frame with this header.
+    fn allows(&self, header: &VnetHeader) -> bool {
+        self.receive.get().contains(header.needs())
+    }
+
+    /// Drops the frame that waits if the machine may not see it any more.
+    fn check_waiting(&mut self) {
+        if self.waiting.is_some_and(|(_, header)| !self.allows(&header)) {
+            self.waiting = None;
+            self.stats.receive_dropped();
+        }
     }
 
     /// Reads the next frame to `room`; what does not fit goes to the spill, and then the rest is brought there.
@@ -144,7 +162,7 @@ impl TapEndpoint {
             Ok(0) => None,
             Ok(done) => {
                 let header = VnetHeader::from_bytes(raw);
-                let header = header.filter(|header| self.receive.contains(header.needs()));
+                let header = header.filter(|header| self.allows(header));
                 Some((done.checked_sub(header_len)?, header))
             }
             Err(error) => {
@@ -253,14 +271,16 @@ impl Endpoint for TapEndpoint {
     }
 
     fn waiting(&mut self) -> Option<usize> {
+        self.check_waiting();
         if let Some((len, _)) = self.waiting {
             return Some(len);
         }
         self.readable = self.readable || self.is(PollFlags::IN);
-        self.readable.then_some(self.usual)
+        self.readable.then(|| self.usual())
     }
 
     fn receive(&mut self, room: Frame<'_, '_>) -> Received {
+        self.check_waiting();
         if self.waiting.is_some() {
             return self.take_waiting(&room);
         }
@@ -311,6 +331,7 @@ mod tests {
         other.set_nonblocking(true).unwrap();
         let stats = Arc::new(PortStats::default());
         let fd = Arc::new(ours.into());
+        let receive = Arc::new(SharedOffloads::new(receive));
         (TapEndpoint::new(fd, vnet, receive, Some(1500), Arc::clone(&stats)).unwrap(), other, stats)
     }
 
@@ -424,6 +445,23 @@ mod tests {
         other.send(&[9; 10]).unwrap();
         end.drop_next();
         assert_eq!(end.receive(frame), Received::Nothing);
+        assert_eq!(stats.counts().rx_dropped, 2);
+    }
+
+    #[test]
+    fn what_is_not_allowed_any_more_is_dropped_even_if_it_was_read_already() {
+        let (mut end, other, stats) = endpoint(true, Offloads::CSUM);
+        let mem = GuestMem::anonymous(0x1000).unwrap();
+        let view = mem.view();
+        let slices = [view.get_slice(GuestAddress(0), 100).unwrap()];
+        let partial = VnetHeader { checksum: Some((34, 6)), ..VnetHeader::default() };
+        other.send(&packet(partial, &[1; 60])).unwrap();
+        assert_eq!(end.receive(Frame::new(&slices).truncate(20)), Received::NeedsRoom(60));
+        other.send(&packet(partial, &[2; 61])).unwrap();
+        other.send(&packet(VnetHeader::default(), &[3; 62])).unwrap();
+        end.receive.set(Offloads::empty());
+        assert_eq!(end.waiting(), Some(1518), "what was said before does not hold any more");
+        assert_eq!(end.receive(Frame::new(&slices)), Received::Frame(62, VnetHeader::default()));
         assert_eq!(stats.counts().rx_dropped, 2);
     }
 }
