@@ -1,6 +1,7 @@
 //! The network of a machine: what `--net` says, the cards and what they are plugged into, and `freestone net`.
 
 mod attach;
+mod cable;
 mod command;
 mod control;
 mod show;
