@@ -24,6 +24,9 @@ const SPILL: usize = 0x1_1000;
 const ETHERNET: usize = 18;
 /// Slices of a caller's room behind which there is place for the spill without an allocation.
 const SLICES: usize = 48;
+/// Ordinary frames after a large one before room for large ones is not asked for any more: in a bulk transfer some are small, and to
+/// a machine that is asked for much room each small frame costs dozens of buffers that are taken and put back.
+const REMEMBERED: u8 = 64;
 /// Frames in a row that are dropped before the caller is told that there is nothing. More than the queue of an interface holds:
 /// the kernel makes frames with more undone than it was told only when it was just told.
 const MAX_REFUSED: usize = 2048;
@@ -37,6 +40,8 @@ pub(super) struct TapEndpoint {
     /// What the machine lets be left undone.
     receive: Arc<SharedOffloads>,
     mtu: Option<u16>,
+    /// So many ordinary frames must come before no large one is expected.
+    large: u8,
     /// It was not found empty since it was last found readable.
     readable: bool,
     /// Frames that did not fit into the room they were read to: here.
@@ -70,16 +75,24 @@ impl TapEndpoint {
         let spill = GuestMem::anonymous(SPILL as u64)
             .map_err(|e| Error::io("get memory for the frames of a tap")(io::Error::other(e)))?;
         let writing = Arc::new(writing);
-        Ok(Self { fd, writing, vnet, receive, mtu, readable: true, spill, waiting: None, stats })
+        Ok(Self { fd, writing, vnet, receive, mtu, large: 0, readable: true, spill, waiting: None, stats })
     }
 
-    /// Bytes that most frames have at most.
+    /// Bytes that the next frame probably has at most: of one that has more, the rest goes by the spill.
     fn usual(&self) -> usize {
         let large = Offloads::TSO4 | Offloads::TSO6 | Offloads::UFO | Offloads::USO;
         match self.mtu {
-            Some(mtu) if !self.receive.get().intersects(large) => usize::from(mtu) + ETHERNET,
+            Some(mtu) if self.large == 0 || !self.receive.get().intersects(large) => {
+                usize::from(mtu) + ETHERNET
+            }
             _ => MAX_FRAME,
         }
+    }
+
+    /// A frame of so many bytes was read: more of its kind may come.
+    fn learn(&mut self, len: usize) {
+        let ordinary = self.mtu.is_some_and(|mtu| len <= usize::from(mtu) + ETHERNET);
+        self.large = if ordinary { self.large.saturating_sub(1) } else { REMEMBERED };
     }
 
     /// Whether the machine may see a frame with this header.
@@ -287,10 +300,12 @@ impl Endpoint for TapEndpoint {
         for _ in 0..MAX_REFUSED {
             match self.read(&room) {
                 Read::Fits(len, header) => {
+                    self.learn(len);
                     self.stats.received(len);
                     return Received::Frame(len, header);
                 }
                 Read::Spilled(len, header) => {
+                    self.learn(len);
                     self.waiting = Some((len, header));
                     return self.take_waiting(&room);
                 }
@@ -387,9 +402,8 @@ mod tests {
     }
 
     #[test]
-    fn with_segments_allowed_it_asks_for_room_for_the_largest() {
+    fn a_segment_for_which_there_was_no_room_waits_whole() {
         let (mut end, other, _) = endpoint(true, Offloads::CSUM | Offloads::TSO4);
-        assert_eq!(end.waiting(), Some(MAX_FRAME));
         let large = VnetHeader {
             checksum: Some((34, 16)),
             gso: Some(crate::Gso::Tcp4),
@@ -463,5 +477,29 @@ mod tests {
         assert_eq!(end.waiting(), Some(1518), "what was said before does not hold any more");
         assert_eq!(end.receive(Frame::new(&slices)), Received::Frame(62, VnetHeader::default()));
         assert_eq!(stats.counts().rx_dropped, 2);
+    }
+
+    #[test]
+    fn room_for_large_frames_is_asked_for_while_they_come() {
+        let (mut end, other, _) = endpoint(true, Offloads::CSUM | Offloads::TSO4);
+        let mem = GuestMem::anonymous(0x2_0000).unwrap();
+        let view = mem.view();
+        let slices = [view.get_slice(GuestAddress(0), MAX_FRAME).unwrap()];
+        let mut pass = |end: &mut TapEndpoint, len: usize| {
+            other.send(&packet(VnetHeader::default(), &vec![1; len])).unwrap();
+            let frame = Frame::new(&slices).truncate(end.waiting().unwrap());
+            if end.receive(frame) == Received::NeedsRoom(len) {
+                let frame = Frame::new(&slices).truncate(end.waiting().unwrap());
+                assert_eq!(end.receive(frame), Received::Frame(len, VnetHeader::default()));
+            }
+        };
+        assert_eq!(end.waiting(), Some(1518));
+        pass(&mut end, 9000);
+        assert_eq!(end.waiting(), Some(MAX_FRAME));
+        for _ in 0..REMEMBERED {
+            assert_eq!(end.waiting(), Some(MAX_FRAME));
+            pass(&mut end, 60);
+        }
+        assert_eq!(end.waiting(), Some(1518));
     }
 }
