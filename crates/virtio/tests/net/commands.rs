@@ -1,5 +1,5 @@
 //! What the driver says in the control queue, and what it may say.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend};
 use freestone_net::switch::{PortOptions, Switch};
