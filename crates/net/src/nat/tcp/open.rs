@@ -148,3 +148,18 @@ fn target<'a>(cx: &Context<'a>, server: SocketAddr) -> Option<Target<'a>> {
     let addr = SocketAddr::new(cx.true_destination(server.ip())?, server.port());
     config.policy.allows(Protocol::Tcp, addr).then_some(Target::Addr(addr))
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Resource, getrlimit};
+
+    use super::*;
+
+    #[test]
+    fn connections_take_half_of_the_files_of_the_process_and_no_more_than_the_limit() {
+        let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let most = |tcp_flows| max_flows(&Limits { tcp_flows, ..Limits::default() });
+        assert_eq!(most(usize::MAX) as u64, files / 2);
+        assert_eq!(most(10), 10);
+    }
+}
