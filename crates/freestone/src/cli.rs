@@ -128,8 +128,8 @@ pub(crate) struct Run {
     /// user: the guest goes out by connections of this process, with DHCP and DNS and no privileges.
     /// hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT leads a port of the host to the guest, guestfwd=tcp:ADDR:PORT-TARGET an address in
     /// the guest's network to cmd:PROGRAM, unix:PATH or tcp:ADDR:PORT. allow= and deny=NETWORK[:PORTS][/tcp|udp] decide in order
-    /// what it may reach; restrict=on shuts it in. Addresses: net=10.0.2.0/24, host=, guest= (or dhcpstart=), dns=, ipv6-net=,
-    /// ipv6-host=, ipv6-dns=, ipv4=off, ipv6=off. Names: hostname=, domainname=, resolver=ADDR[:PORT]. Limits: max-tcp=N, max-udp=N.
+    /// what it may reach; internet-only=on is the Internet without the host and private networks; restrict=on shuts it in. Addresses:
+    /// net=10.0.2.0/24, host=, guest= (or dhcpstart=), dns=, ipv6-net=, ipv6-host=, ipv6-dns=, ipv4=off, ipv6=off. Names: hostname=, domainname=, resolver=ADDR[:PORT]. Limits: max-tcp=N, max-udp=N.
     ///
     /// tap=NAME: an interface of the host, which is made if it is not there; up=on brings it up. tap,fd=N: a descriptor of one.
     ///

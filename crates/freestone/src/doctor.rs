@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::cli::Doctor;
 use crate::failure::{FAILURE, Failure};
-use crate::probe;
+use crate::{net, probe};
 
 /// Looks at the host and says what it found.
 pub(crate) fn doctor(args: &Doctor) -> Result<ExitCode, Failure> {
@@ -18,7 +18,8 @@ pub(crate) fn doctor(args: &Doctor) -> Result<ExitCode, Failure> {
     } else {
         Err(report.problem.clone().unwrap_or_else(|| "a required capability is missing".into()))
     };
-    let text = if args.json { as_json(&report, &linux) } else { for_people(&report, &linux) };
+    let host = net::look();
+    let text = if args.json { as_json(&report, &linux, &host) } else { for_people(&report, &linux, &host) };
     match std::io::stdout().write_all(text.as_bytes()) {
         // Whoever reads has read enough.
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
@@ -29,7 +30,7 @@ pub(crate) fn doctor(args: &Doctor) -> Result<ExitCode, Failure> {
     Ok(if report.usable() { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) })
 }
 
-fn for_people(report: &kvm_probe::Report, linux: &Result<(), String>) -> String {
+fn for_people(report: &kvm_probe::Report, linux: &Result<(), String>, host: &net::Host) -> String {
     let linux = match linux {
         Ok(()) => "Linux guests: yes, the probe guest did all that a kernel needs\n".into(),
         Err(reason) if report.usable() => format!(
@@ -39,10 +40,10 @@ fn for_people(report: &kvm_probe::Report, linux: &Result<(), String>) -> String 
         ),
         Err(reason) => format!("Linux guests: no ({reason})\n"),
     };
-    format!("{report}{linux}")
+    format!("{report}{linux}{}", host.for_people())
 }
 
-fn as_json(report: &kvm_probe::Report, linux: &Result<(), String>) -> String {
+fn as_json(report: &kvm_probe::Report, linux: &Result<(), String>, host: &net::Host) -> String {
     let capabilities: serde_json::Map<_, _> =
         report.capabilities.iter().map(|c| (c.name.to_owned(), json!(c.value))).collect();
     let reason = report.problem.clone().or_else(|| linux.clone().err());
@@ -58,6 +59,7 @@ fn as_json(report: &kvm_probe::Report, linux: &Result<(), String>) -> String {
         "modules": report.modules,
         "capabilities": capabilities,
         "hints": report.hints,
+        "network": host.as_json(),
     });
     format!("{value:#}\n")
 }

@@ -9,6 +9,7 @@ mod demo;
 mod disk;
 mod doctor;
 mod failure;
+mod files;
 mod image;
 mod log;
 mod net;

@@ -20,7 +20,7 @@ use crate::control::ControlServer;
 use crate::failure::{FAILURE, Failure};
 use crate::net::{Pump, Threads};
 use crate::signals::StopOnSignal;
-use crate::{size, stats};
+use crate::{files, size, stats};
 
 /// Runs a machine until it ends.
 pub(crate) fn run(args: &Run) -> Result<ExitCode, Failure> {
@@ -29,6 +29,7 @@ pub(crate) fn run(args: &Run) -> Result<ExitCode, Failure> {
             "--console virtio needs --kernel: the built-in guest has a serial port only",
         ));
     }
+    files::raise_limit();
     let kvm = Kvm::open()?;
     let payload = payload(args)?;
     let console = Console::new();

@@ -9,6 +9,10 @@ fn the_findings_as_json_agree_with_the_exit_status() {
     assert_eq!(value["kvm"], output.status.success());
     assert!(value["linux"].is_boolean());
     assert_eq!(value["reason"].is_string(), value["linux"] == false);
+    let network = &value["network"];
+    for what in ["tap", "ping"] {
+        assert_eq!(network[format!("{what}_reason")].is_string(), network[what] == false, "{network}");
+    }
 }
 
 #[test]
@@ -16,5 +20,7 @@ fn people_are_told_about_the_device_and_about_linux() {
     let output = Command::new(env!("CARGO_BIN_EXE_freestone")).arg("doctor").output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("/dev/kvm"), "{text}");
-    assert!(text.contains("Linux guests: "), "{text}");
+    for part in ["Linux guests: ", "--net tap: ", "ping from --net user: "] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
 }

@@ -67,11 +67,24 @@ struct Waiting {
 impl Waiting {
     /// Starts a machine with a control socket `ctl` and waits until its guest runs.
     fn new(args: &[&str]) -> Self {
+        Self::new_by(&[], args)
+    }
+
+    /// The same, started by another program.
+    fn new_by(by: &[&str], args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("echo"), freestone_guest::ECHO).unwrap();
         File::create(dir.path().join("disk.img")).unwrap().set_len(1 << 20).unwrap();
         let args = [&["run", "--kernel", "echo", "--control", "ctl"], args].concat();
-        let mut vmm = freestone(dir.path(), &args);
+        let mut vmm = match by {
+            [] => Command::new(env!("CARGO_BIN_EXE_freestone")),
+            [first, rest @ ..] => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(env!("CARGO_BIN_EXE_freestone"));
+                command
+            }
+        };
+        vmm.args(&args).current_dir(dir.path());
         let mut vmm = vmm.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut stdout = BufReader::new(vmm.stdout.take().unwrap());
         let mut line = String::new();
@@ -212,6 +225,42 @@ fn machines_of_two_processes_meet_in_a_switch_and_one_waits_for_the_other_at_a_s
     }
     assert_eq!(first.quit(), Some(0));
     assert_eq!(second.quit(), Some(0));
+}
+
+#[test]
+fn the_link_of_a_stream_is_up_while_there_is_a_peer_and_the_operator_wants_it() {
+    if no_kvm("the_link_of_a_stream_is_up_while_there_is_a_peer_and_the_operator_wants_it") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stream.sock").to_str().unwrap().to_owned();
+    let first = Waiting::new(&["--net", &format!("stream={path},server=on")]);
+    let link = |machine: &Waiting| machine.ask(&["net"])["nics"][0]["link"].clone();
+    assert_eq!(link(&first), false, "nobody is there yet");
+    let second = Waiting::new(&["--net", &format!("stream={path}")]);
+    assert_eq!(link(&second), true);
+    assert_eq!(second.ask(&["net", "link", "net0", "off"])["link"], false);
+    assert_eq!(second.ask(&["net", "link", "net0", "on"])["link"], true);
+    assert_eq!(
+        first.ask(&["net", "link", "net0", "on"])["link"],
+        false,
+        "its driver has not opened the card"
+    );
+    assert_eq!(first.quit(), Some(0));
+    assert_eq!(second.quit(), Some(0));
+}
+
+#[test]
+fn a_machine_may_have_as_many_files_as_the_host_allows() {
+    let test = "a_machine_may_have_as_many_files_as_the_host_allows";
+    if no_kvm(test) {
+        return;
+    }
+    let machine = Waiting::new_by(&["prlimit", "--nofile=256:3000"], &["--net", "user"]);
+    let limits = fs::read_to_string(format!("/proc/{}/limits", machine.vmm.id())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["3000", "3000"]);
+    assert_eq!(machine.quit(), Some(0));
 }
 
 #[test]

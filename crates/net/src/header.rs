@@ -139,6 +139,26 @@ impl VnetHeader {
     }
 }
 
+/// Offloads that are changed while others look at them.
+#[cfg(any(feature = "tap", feature = "switch", feature = "nat"))]
+#[derive(Debug)]
+pub(crate) struct SharedOffloads(std::sync::atomic::AtomicU32);
+
+#[cfg(any(feature = "tap", feature = "switch", feature = "nat"))]
+impl SharedOffloads {
+    pub(crate) fn new(offloads: Offloads) -> Self {
+        Self(std::sync::atomic::AtomicU32::new(offloads.bits()))
+    }
+
+    pub(crate) fn get(&self) -> Offloads {
+        Offloads::from_bits_truncate(self.0.load(std::sync::atomic::Ordering::Acquire))
+    }
+
+    pub(crate) fn set(&self, offloads: Offloads) {
+        self.0.store(offloads.bits(), std::sync::atomic::Ordering::Release);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -26,6 +26,8 @@ pub use bridge::{Bridge, BridgeCounts};
 pub use counters::{PortCounts, PortStats};
 pub use error::{Error, Result};
 pub use frame::Frame;
+#[cfg(any(feature = "tap", feature = "switch", feature = "nat"))]
+pub(crate) use header::SharedOffloads;
 pub use header::{Gso, Offloads, VnetHeader};
 pub use mac::MacAddr;
 pub use port::{Endpoint, Port, PortInfo, Received, Sent, Setup, Source};

@@ -151,7 +151,7 @@ pub trait Endpoint: Send {
     fn flush(&mut self) {}
 
     /// How many bytes of room the next frame for the machine needs at most; `None` if nothing waits. An endpoint that cannot know
-    /// says the most there can be.
+    /// says what most frames need, and [`Received::NeedsRoom`] when it was not enough: much room costs the one who gives it.
     fn waiting(&mut self) -> Option<usize>;
 
     /// Puts the next frame for the machine into `room`, which may be less than [`waiting`](Self::waiting) said, or nothing at all:

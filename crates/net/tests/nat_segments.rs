@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use freestone_net::nat::{Nat, NatConfig, NatHandle};
-use freestone_net::{Gso, Offloads, VnetHeader};
+use freestone_net::{Gso, Offloads, Port, VnetHeader};
 use guest::{DEADLINE, Link, MAC, pattern};
 use proptest::prelude::*;
 
@@ -70,6 +70,7 @@ fn frame(from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), segment: &Segment, options:
 /// A machine that sends what the test says.
 struct Raw {
     link: Link,
+    nat: Nat,
     handle: NatHandle,
     port: u16,
     host: Option<TcpStream>,
@@ -82,7 +83,7 @@ impl Raw {
     fn new(config: NatConfig, receive: Offloads) -> Self {
         let mut nat = Nat::new(config).unwrap();
         let link = Link::new(&mut nat, receive);
-        Self { link, handle: nat.handle(), port: 0, host: None, nxt: 1000, expects: 0 }
+        Self { link, handle: nat.handle(), nat, port: 0, host: None, nxt: 1000, expects: 0 }
     }
 
     /// A machine with a connection to the host.
@@ -118,8 +119,9 @@ impl Raw {
     /// The next segment for the machine, if one comes now.
     fn poll(&mut self) -> Option<Segment> {
         self.link.endpoint.flush();
-        let (frame, header) = self.link.take()?;
-        assert_eq!(frame[12..14], [8, 0]);
+        // The router introduces itself now and then, by IPv6.
+        let ipv4 = |(frame, _): &(Vec<u8>, _)| frame[12..14] == [8, 0];
+        let (frame, header) = std::iter::from_fn(|| self.link.take()).find(ipv4)?;
         let tcp = &frame[34..];
         if header.checksum.is_none() {
             let pseudo = sum(&frame[26..34]) + 6 + u32::try_from(tcp.len()).unwrap();
@@ -219,6 +221,24 @@ fn without_offloads_segments_are_small_and_complete() {
 }
 
 #[test]
+fn a_machine_that_allows_less_while_it_is_open_gets_small_segments() {
+    let mut raw = Raw::connected(LARGE);
+    raw.link.receive = Offloads::empty();
+    raw.nat.set_receive(Offloads::empty()).unwrap();
+    let data = pattern(8 * 1460);
+    raw.host().write_all(&data).unwrap();
+    let mut got = Vec::new();
+    while got.len() < data.len() {
+        let segment = raw.next();
+        assert!(segment.data.len() <= 1460);
+        raw.expects = raw.expects.wrapping_add(u32::try_from(segment.data.len()).unwrap());
+        got.extend(segment.data);
+        raw.send(ACK, 0, b"");
+    }
+    assert!(got == data);
+}
+
+#[test]
 fn what_was_seen_before_is_left_out_of_a_segment() {
     let mut raw = Raw::connected(Offloads::empty());
     raw.send(ACK, 0, b"abcd");
@@ -297,6 +317,26 @@ fn keepalive_and_window_probes_are_answered() {
         raw.send(ACK, -1, data);
         let answer = raw.next();
         assert_eq!((answer.flags, answer.ack, answer.data.len()), (ACK, 1000, 0));
+    }
+}
+
+#[test]
+fn a_router_advertisement_comes_to_a_machine_that_says_nothing() {
+    let is_advertisement =
+        |frame: &[u8]| frame[12..14] == [0x86, 0xDD] && frame[20] == 58 && frame[54] == 134;
+    let mut nat = Nat::new(NatConfig::default()).unwrap();
+    for _ in 0..2 {
+        // Plugged in, and plugged in again.
+        let mut link = Link::new(&mut nat, Offloads::empty());
+        let start = Instant::now();
+        let mut frame = None;
+        while frame.is_none() && start.elapsed() < DEADLINE {
+            link.wait(DEADLINE);
+            link.endpoint.flush();
+            frame = link.take();
+        }
+        let (frame, _) = frame.unwrap();
+        assert!(is_advertisement(&frame), "{frame:?}");
     }
 }
 

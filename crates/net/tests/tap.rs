@@ -394,6 +394,56 @@ fn flows_are_spread_over_queues() {
 }
 
 #[test]
+fn flows_come_to_active_queues_only() {
+    isolated("flows_come_to_active_queues_only", || {
+        let mut tap = with_addresses(TapOptions::new(unique()).queues(4));
+        let mut ends = tap.open(&Setup { pairs: 3, receive: Offloads::empty() }).unwrap();
+        let socket = UdpSocket::bind("10.99.0.1:0").unwrap();
+        let machine = Machine::new();
+        let mut used = |tap: &mut Tap, active| {
+            tap.set_active_pairs(active).unwrap();
+            let mut got = [0; 3];
+            for port in 1000..1064 {
+                socket.send_to(b"x", ("10.99.0.2", port)).unwrap();
+            }
+            while got.iter().sum::<usize>() < 64 {
+                for (end, got) in ends.iter_mut().zip(&mut got) {
+                    end.flush();
+                    while let Ok((_, frame)) = machine.receive(end.as_mut(), 2000) {
+                        *got += usize::from((1000..1064).any(|port| is_udp_to(port)(&frame)));
+                    }
+                }
+            }
+            got
+        };
+        let [_, second, third] = used(&mut tap, 1);
+        assert_eq!((second, third), (0, 0));
+        let all = used(&mut tap, 3);
+        assert!(all.iter().filter(|count| **count > 0).count() > 1, "attached again: {all:?}");
+        assert_eq!(used(&mut tap, 2)[2], 0);
+        for wrong in [0, 4] {
+            assert!(matches!(tap.set_active_pairs(wrong), Err(Error::Invalid { .. })), "{wrong}");
+        }
+    });
+}
+
+#[test]
+fn checksums_are_left_undone_only_while_the_machine_allows_it() {
+    isolated("checksums_are_left_undone_only_while_the_machine_allows_it", || {
+        let mut tap = with_addresses(TapOptions::new(unique()));
+        let mut end = open_one(&mut tap, Offloads::CSUM);
+        let socket = UdpSocket::bind("10.99.0.1:0").unwrap();
+        let machine = Machine::new();
+        for receive in [Offloads::CSUM, Offloads::empty(), Offloads::CSUM] {
+            tap.set_receive(receive).unwrap();
+            socket.send_to(b"x", ("10.99.0.2", 1000)).unwrap();
+            let (header, _) = machine.wait_for(end.as_mut(), is_udp_to(1000));
+            assert_eq!(header.needs(), receive);
+        }
+    });
+}
+
+#[test]
 fn a_tap_that_was_made_before_is_adopted_and_stays() {
     isolated("a_tap_that_was_made_before_is_adopted_and_stays", || {
         for multi_queue in ["", " multi_queue"] {

@@ -18,10 +18,12 @@ use freestone_vmm::net::{MacAddr, Port};
 use freestone_vmm::virtio::net::{Net, NetConfig};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+use super::cable::Cable;
 use super::control::{Nic, Nics, Place};
 use super::spec::{Kind, NetSpec, StreamSpec, TapSpec};
 use crate::control::limiter;
 use crate::failure::Failure;
+use crate::files::Dialer;
 
 /// The address of the first card in a user network, where nobody else can have it: QEMU's.
 const FIRST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
@@ -105,8 +107,9 @@ pub(crate) fn attach(specs: &[NetSpec]) -> Result<(Vec<Card>, Nics), Failure> {
             continue;
         }
         let mac = mac(number, spec)?;
-        let (port, place) = plug(spec, &name, mac)?;
-        let (card, nic) = card(name, spec, mac, port, place)?;
+        let cable = Cable::new(spec.link);
+        let (port, place) = plug(spec, &name, mac, &cable)?;
+        let (card, nic) = card(name, spec, mac, port, place, cable)?;
         cards.push(card);
         nics.push(nic);
     }
@@ -119,6 +122,7 @@ fn card(
     mac: MacAddr,
     port: Box<dyn Port>,
     place: Place,
+    cable: Arc<Cable>,
 ) -> Result<(Card, Nic), Failure> {
     let info = port.info();
     let mut config = NetConfig::new().pairs(spec.queues).mac(mac);
@@ -134,7 +138,7 @@ fn card(
         None => Net::from_box(port, config)?,
     };
     let handle = device.handle();
-    handle.set_link(spec.link);
+    cable.plug(handle.clone());
     let threads = spec.thread.then(|| Threads::new(&name, spec.queues)).transpose()?.map(Arc::new);
     let pump = match &place {
         Place::Switch { switch, .. } => Some(Pump(switch.clone())),
@@ -145,6 +149,7 @@ fn card(
         kind: spec.kind.name(),
         place,
         handle,
+        cable,
         info,
         mtu: spec.mtu.or(info.mtu),
         queues: spec.queues,
@@ -168,11 +173,16 @@ fn mac(number: usize, spec: &NetSpec) -> Result<MacAddr, Failure> {
 }
 
 /// Opens what a card is plugged into.
-fn plug(spec: &NetSpec, name: &str, mac: MacAddr) -> Result<(Box<dyn Port>, Place), Failure> {
+fn plug(
+    spec: &NetSpec,
+    name: &str,
+    mac: MacAddr,
+    cable: &Arc<Cable>,
+) -> Result<(Box<dyn Port>, Place), Failure> {
     let (port, place): (Box<dyn Port>, Place) = match &spec.kind {
         Kind::Absent => return Err(Failure::usage("--net none means that there is no card")),
         Kind::User(config) => {
-            let nat = Nat::new((**config).clone())?;
+            let nat = Nat::with_dial((**config).clone(), Box::new(Dialer::new()))?;
             let handle = nat.handle();
             (Box::new(nat), Place::User(handle))
         }
@@ -182,8 +192,10 @@ fn plug(spec: &NetSpec, name: &str, mac: MacAddr) -> Result<(Box<dyn Port>, Plac
             (Box::new(tap), Place::Tap { name })
         }
         Kind::Stream(spec) => {
-            let stream = stream(spec)?;
+            let mut stream = stream(spec)?;
             let status = stream.status();
+            let cable = Arc::clone(cable);
+            stream.on_link(move |peer| cable.set_peer(peer));
             (Box::new(stream), Place::Stream { addr: spec.addr.clone(), server: spec.server, status })
         }
         Kind::Switch(place) => {

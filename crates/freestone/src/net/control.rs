@@ -14,6 +14,7 @@ use freestone_vmm::virtio::net::{NetCounts, NetHandle};
 use freestone_vmm::virtio::rate::{RateLimiter, TokenBucket};
 use serde_json::{Map, Value, json};
 
+use super::cable::Cable;
 use super::user::reason;
 use crate::control::{Request, limiter};
 
@@ -34,6 +35,7 @@ pub(super) struct Nic {
     pub(super) kind: &'static str,
     pub(super) place: Place,
     pub(super) handle: NetHandle,
+    pub(super) cable: Arc<Cable>,
     pub(super) info: PortInfo,
     pub(super) mtu: Option<u16>,
     pub(super) queues: u16,
@@ -71,9 +73,9 @@ impl Nics {
                 self.flows(nic.as_deref(), limit.unwrap_or(FLOWS).min(MAX_FLOWS))
             }
             Request::NetLink { nic, up } => {
-                let handle = &self.nic(&nic)?.handle;
-                handle.set_link(up);
-                Ok(json!({ "nic": nic, "link": handle.link() }))
+                let found = self.nic(&nic)?;
+                found.cable.set(up);
+                Ok(json!({ "nic": nic, "link": found.handle.link() }))
             }
             Request::NetForwardAdd { nic, forward } => {
                 let (nic, nat) = self.user(nic.as_deref())?;

@@ -1,8 +1,10 @@
 //! The network of a machine: what `--net` says, the cards and what they are plugged into, and `freestone net`.
 
 mod attach;
+mod cable;
 mod command;
 mod control;
+mod host;
 mod show;
 mod spec;
 mod user;
@@ -10,4 +12,5 @@ mod user;
 pub(crate) use attach::{Pump, Threads, attach, check, count};
 pub(crate) use command::{Net, What};
 pub(crate) use control::Nics;
+pub(crate) use host::{Host, look};
 pub(crate) use spec::NetSpec;

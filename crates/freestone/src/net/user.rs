@@ -28,6 +28,7 @@ pub(super) const OPTIONS: &[&str] = &[
     "restrict",
     "allow",
     "deny",
+    "internet-only",
     "resolver",
     "max-tcp",
     "max-udp",
@@ -65,10 +66,7 @@ pub(super) fn parse(options: &mut Options, mtu: Option<u16>) -> Result<NatConfig
     config.guest_forwards = options.each(&["guestfwd"], |_, text| text.parse().map_err(reason))?;
     once(&config.forwards, &config.guest_forwards)?;
     config.restrict = options.switch("restrict")?.unwrap_or(false);
-    config.policy = Policy { rules: options.each(&["allow", "deny"], rule)? };
-    if config.restrict && !config.policy.rules.is_empty() {
-        return Err("restrict=on denies all: there is nothing for allow= and deny= to decide".to_owned());
-    }
+    config.policy = policy(options, config.restrict)?;
     config.limits = limits(options)?;
     Ok(config)
 }
@@ -213,6 +211,30 @@ fn resolver(text: &str) -> Result<SocketAddr, String> {
     })
 }
 
+fn policy(options: &mut Options, restrict: bool) -> Result<Policy, String> {
+    let internet_only = options.switch("internet-only")?.unwrap_or(false);
+    let rules = options.each(&["allow", "deny"], rule)?;
+    if restrict && !rules.is_empty() {
+        return Err("restrict=on denies all: there is nothing for allow= and deny= to decide".to_owned());
+    }
+    if restrict && internet_only {
+        return Err("restrict=on denies the Internet as well: say it or internet-only=on".to_owned());
+    }
+    if !internet_only {
+        return Ok(Policy { rules });
+    }
+    let opens = |rule: &&Rule| {
+        rule.action == Action::Allow && rule.network.is_none_or(|network| network.prefix_len == 0)
+    };
+    if let Some(rule) = rules.iter().find(opens) {
+        return Err(format!(
+            "{rule} would open what internet-only=on denies: it allows the Internet already, and allow= is for \
+             exceptions in other networks"
+        ));
+    }
+    Ok(Policy::internet_only(rules))
+}
+
 fn rule(key: &str, text: &str) -> Result<Rule, String> {
     let action = if key == "allow" { Action::Allow } else { Action::Deny };
     Rule::parse(action, text).map_err(reason)
@@ -312,6 +334,19 @@ mod tests {
     }
 
     #[test]
+    fn the_internet_alone_comes_after_the_rules_that_are_given() {
+        let config = user("user,allow=10.1.2.3:3128/tcp,internet-only=on,deny=any:25").unwrap();
+        let allows = |to: &str| config.policy.allows(Protocol::Tcp, to.parse().unwrap());
+        for to in ["192.0.2.1:443", "10.1.2.3:3128", "[2001:db8::1]:80"] {
+            assert!(allows(to), "{to}");
+        }
+        for to in ["192.0.2.1:25", "10.1.2.3:22", "127.0.0.1:80", "169.254.169.254:80", "[fd00::1]:80"] {
+            assert!(!allows(to), "{to}");
+        }
+        assert_eq!(user("user,internet-only=off").unwrap().policy, Policy::default());
+    }
+
+    #[test]
     fn names_servers_and_limits_are_read() {
         let config =
             user("user,hostname=vm1,domainname=example.org,resolver=192.0.2.1,resolver=[2001:db8::1]:5353,max-tcp=10,max-udp=20")
@@ -355,6 +390,13 @@ mod tests {
             ("allow=10.0.0.0/33", "allow=10.0.0.0/33: "),
             ("deny=10.0.0.0/8/icmp", "deny=10.0.0.0/8/icmp: "),
             ("restrict=on,allow=0.0.0.0/0", "restrict=on denies all"),
+            ("restrict=on,internet-only=on", "restrict=on denies the Internet as well"),
+            (
+                "internet-only=on,allow=any:443/tcp",
+                "allow any:443/tcp would open what internet-only=on denies",
+            ),
+            ("internet-only=on,allow=0.0.0.0/0", "allow 0.0.0.0/0 would open"),
+            ("internet-only=yes please", "internet-only="),
             ("max-tcp=0", "max-tcp=0: say 1 to"),
         ] {
             let error = user(&format!("user,{text}")).unwrap_err();

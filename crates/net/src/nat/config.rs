@@ -98,8 +98,8 @@ pub enum GuestTarget {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// TCP connections at once, with those being opened and closed. Default: 4096, or fewer if the process may not have so many
-    /// files.
+    /// TCP connections at once, with those being opened and closed. Default: 4096, or half of the files that the process may have
+    /// when the NAT is made, if that is fewer.
     pub tcp_flows: usize,
     /// UDP flows at once. Default: 1024. A new one ends the one that was idle longest.
     pub udp_flows: usize,

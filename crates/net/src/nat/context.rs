@@ -43,8 +43,12 @@ pub(super) struct Link {
     pub(super) guest: MacAddr,
     /// The IPv6 address that the machine used last for more than the link, for connections to it; `None` until it did.
     pub(super) guest_v6: Option<Ipv6Addr>,
-    /// When the next router advertisement is sent unasked; `None` until the machine spoke IPv6.
+    /// When the next router advertisement is sent unasked; `None` until the card is there or the machine spoke IPv6.
     pub(super) advertise: Option<Instant>,
+    /// How many of the next ones come soon after one another.
+    pub(super) introductions: u8,
+    /// The machine spoke IPv6.
+    pub(super) greeted: bool,
     /// The identification of the last packet that was cut into fragments.
     pub(super) packet_id: u32,
     /// The first name server of the host, as the DNS proxy found it last.
@@ -63,6 +67,8 @@ impl Default for Link {
             guest: MacAddr::BROADCAST,
             guest_v6: None,
             advertise: None,
+            introductions: 0,
+            greeted: false,
             packet_id: 0,
             name_server: None,
             errors: Admission::new(ERRORS),

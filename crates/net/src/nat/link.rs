@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use smoltcp::wire::checksum;
 
 use super::NatConfig;
-use super::context::{Context, same_network, same_network_v6};
+use super::context::{Context, Link, same_network, same_network_v6};
 use super::emit;
 use crate::MacAddr;
 
@@ -22,6 +22,10 @@ const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xFF02, 0, 0, 0, 0, 0, 0, 1);
 const ROUTER_LIFETIME: u16 = 9000;
 /// Time between advertisements that nobody asked for.
 const ADVERTISE_EVERY: Duration = Duration::from_secs(600);
+/// When the card is there, so many come soon, the first after a moment in which a driver gets ready (RFC 4861, section 6.2.4).
+const INTRODUCTIONS: u8 = 3;
+const INTRODUCE_AFTER: Duration = Duration::from_secs(1);
+const INTRODUCE_EVERY: Duration = Duration::from_secs(16);
 /// Seconds for which addresses of the prefix may be used, and may be used for something new.
 const VALID: u32 = 86_400;
 const PREFERRED: u32 = 14_400;
@@ -127,12 +131,12 @@ pub(super) fn icmpv6(cx: &mut Context<'_>, src: Ipv6Addr, dst: Ipv6Addr, body: &
     if asked {
         advertise_to(cx, if src.is_unspecified() { ALL_NODES } else { src });
     }
-    if cx.link.advertise.is_none() {
+    if !std::mem::replace(&mut cx.link.greeted, true) {
         // Its first word: somebody who never asks learns of the router as well.
         if !asked {
             advertise_to(cx, ALL_NODES);
         }
-        cx.link.advertise = Some(cx.now + ADVERTISE_EVERY);
+        cx.link.advertise.get_or_insert(cx.now + ADVERTISE_EVERY);
     }
 }
 
@@ -168,9 +172,18 @@ pub(super) fn timers(cx: &mut Context<'_>) -> Option<Instant> {
         return Some(due);
     }
     advertise_to(cx, ALL_NODES);
-    let next = cx.now + ADVERTISE_EVERY;
+    let left = cx.link.introductions.checked_sub(1);
+    cx.link.introductions = left.unwrap_or(0);
+    let next = cx.now + if left.is_some() { INTRODUCE_EVERY } else { ADVERTISE_EVERY };
     cx.link.advertise = Some(next);
     Some(next)
+}
+
+/// The card is there, perhaps again: a machine that does not ask, or forgot its addresses meanwhile, learns of the router soon.
+pub(super) fn introduce(config: &NatConfig, link: &mut Link, now: Instant) {
+    if config.ipv6.is_some() {
+        (link.advertise, link.introductions) = (Some(now + INTRODUCE_AFTER), INTRODUCTIONS - 1);
+    }
 }
 
 /// A router advertisement (RFC 4861, section 4.2, and RFC 8106 for names).

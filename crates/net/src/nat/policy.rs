@@ -268,7 +268,54 @@ pub struct Policy {
     pub rules: Vec<Rule>,
 }
 
+/// What is not the Internet: where hosts have services that trust whoever reaches them.
+const NOT_INTERNET: [&str; 17] = [
+    // This host, unspecified and by loopback; what the gateway of the NAT leads to.
+    "0.0.0.0/8",
+    "127.0.0.0/8",
+    "::/127",
+    // Private networks, those of carriers and providers, benchmarks (RFC 1918, 6598, 6890, 2544).
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "172.16.0.0/12",
+    "192.0.0.0/24",
+    "192.168.0.0/16",
+    "198.18.0.0/15",
+    "64:ff9b:1::/48",
+    "fc00::/7",
+    "fec0::/10",
+    // The link, with the servers of a cloud that tell secrets (RFC 3927, 4291).
+    "169.254.0.0/16",
+    "fe80::/10",
+    // Many at once, and reserved.
+    "224.0.0.0/4",
+    "240.0.0.0/4",
+    "ff00::/8",
+];
+
 impl Policy {
+    /// The Internet alone: `exceptions` decide first, then private, link-local, loopback and reserved addresses are denied, and all
+    /// else is allowed. For machines with code that nobody trusts.
+    ///
+    /// An exception that allows should name a network: `allow any:443` would allow port 443 of all that is denied. The public
+    /// addresses of the host and its neighbours are of the Internet, and need exceptions that deny them.
+    ///
+    /// ```
+    /// use freestone_net::nat::{Policy, Protocol};
+    ///
+    /// let policy = Policy::internet_only(vec!["allow 10.1.2.3:3128/tcp".parse()?]);
+    /// let allows = |to: &str| policy.allows(Protocol::Tcp, to.parse().unwrap());
+    /// assert!(allows("192.0.2.1:443") && allows("10.1.2.3:3128"));
+    /// assert!(!allows("10.1.2.3:22") && !allows("127.0.0.1:80") && !allows("169.254.169.254:80"));
+    /// # Ok::<(), freestone_net::Error>(())
+    /// ```
+    #[must_use]
+    pub fn internet_only(exceptions: Vec<Rule>) -> Self {
+        let denied = NOT_INTERNET.iter().filter_map(|network| Rule::parse(Action::Deny, network).ok());
+        let rest = Rule { action: Action::Allow, network: None, ports: ALL_PORTS, protocol: None };
+        Self { rules: exceptions.into_iter().chain(denied).chain([rest]).collect() }
+    }
+
     /// Whether a connection or datagram may go to `to`. What leads to an IPv4 address by way of a translator (`64:ff9b::/96`, RFC
     /// 6052) must be allowed as both.
     pub fn allows(&self, protocol: Protocol, to: SocketAddr) -> bool {
@@ -312,6 +359,73 @@ mod tests {
 
     fn tcp(policy: &Policy, to: &str) -> bool {
         policy.allows(Protocol::Tcp, to.parse().unwrap())
+    }
+
+    #[test]
+    fn the_internet_alone_is_neither_this_host_nor_its_neighbours_nor_its_cloud() {
+        let policy = Policy::internet_only(Vec::new());
+        assert_eq!(policy.rules.len(), NOT_INTERNET.len() + 1, "all of the table are networks");
+        for to in [
+            "127.0.0.1",
+            "127.9.9.9",
+            "0.0.0.0",
+            "10.0.0.1",
+            "10.255.255.255",
+            "172.16.0.1",
+            "172.31.255.255",
+            "192.168.1.1",
+            "100.64.0.1",
+            "100.127.255.255",
+            "169.254.169.254",
+            "198.18.0.1",
+            "192.0.0.192",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "fc00::1",
+            "fd00:ec2::254",
+            "fe80::1",
+            "fec0::2",
+            "ff02::1",
+            "::ffff:127.0.0.1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::10.0.0.1",
+            "64:ff9b::127.0.0.1",
+            "64:ff9b:1::a00:1",
+        ] {
+            let to: IpAddr = to.parse().unwrap();
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                assert!(!policy.allows(protocol, SocketAddr::new(to, 80)), "{to}");
+            }
+            assert!(!policy.allows_icmp(to), "{to}");
+        }
+        for to in [
+            "1.1.1.1",
+            "9.255.255.255",
+            "11.0.0.1",
+            "100.63.255.255",
+            "100.128.0.1",
+            "126.255.255.255",
+            "172.15.255.255",
+            "172.32.0.1",
+            "192.167.255.255",
+            "223.255.255.255",
+            "2606:4700::1111",
+            "64:ff9b::1.1.1.1",
+            "::ffff:1.1.1.1",
+        ] {
+            let to: IpAddr = to.parse().unwrap();
+            assert!(policy.allows(Protocol::Tcp, SocketAddr::new(to, 80)) && policy.allows_icmp(to), "{to}");
+        }
+    }
+
+    #[test]
+    fn exceptions_from_the_internet_alone_decide_first() {
+        let rules = ["allow 10.1.0.0/16:443/tcp", "deny any:25"].map(|rule| rule.parse().unwrap());
+        let policy = Policy::internet_only(rules.into());
+        assert!(tcp(&policy, "10.1.2.3:443") && tcp(&policy, "1.1.1.1:443"));
+        assert!(!tcp(&policy, "10.1.2.3:80") && !tcp(&policy, "10.2.0.1:443") && !tcp(&policy, "1.1.1.1:25"));
     }
 
     #[test]

@@ -9,8 +9,8 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::engine::Engine;
 use super::{Dial, HostDial, NatConfig, NatHandle, NatStats};
 use crate::{
-    Endpoint, Error, Frame, Offloads, Port, PortInfo, PortStats, Received, Result, Sent, Setup, Source,
-    VnetHeader,
+    Endpoint, Error, Frame, Offloads, Port, PortInfo, PortStats, Received, Result, Sent, Setup,
+    SharedOffloads, Source, VnetHeader,
 };
 
 /// What somebody wants of the engine.
@@ -24,6 +24,8 @@ pub(super) struct Shared {
     desk: Mutex<Desk>,
     /// Makes the engine look for jobs.
     wake: OwnedFd,
+    /// What the machine lets be left undone now.
+    receive: SharedOffloads,
 }
 
 /// The engine, while no endpoint has it, and jobs for it, while one has.
@@ -112,7 +114,8 @@ impl Nat {
         let (config, stats, port) = (Arc::new(config), Arc::default(), Arc::default());
         let engine = Engine::new(Arc::clone(&config), dial, Arc::clone(&stats), Arc::clone(&port), &wake)?;
         let desk = Mutex::new(Desk { engine: Some(Box::new(engine)), jobs: Vec::new() });
-        Ok(Self { shared: Arc::new(Shared { config, stats, port, desk, wake }) })
+        let receive = SharedOffloads::new(Offloads::empty());
+        Ok(Self { shared: Arc::new(Shared { config, stats, port, desk, wake, receive }) })
     }
 
     /// Changes and shows it while it works.
@@ -138,8 +141,15 @@ impl Port for Nat {
         }
         let engine = self.shared.desk().engine.take();
         let mut engine = engine.ok_or_else(|| Error::invalid("port", "nat", "it is open already"))?;
-        engine.set_receive(setup.receive);
+        engine.opened();
+        self.shared.receive.set(setup.receive);
         Ok(vec![Box::new(NatEndpoint { engine: Some(engine), shared: Arc::clone(&self.shared) })])
+    }
+
+    /// Frames are made when the machine takes them, so that the next one is as it wants it.
+    fn set_receive(&mut self, receive: Offloads) -> Result<()> {
+        self.shared.receive.set(receive);
+        Ok(())
     }
 
     fn reset(&mut self) {
@@ -181,11 +191,12 @@ impl Endpoint for NatEndpoint {
     }
 
     fn waiting(&mut self) -> Option<usize> {
-        self.engine.as_mut()?.waiting()
+        self.engine.as_mut()?.waiting(self.shared.receive.get())
     }
 
     fn receive(&mut self, room: Frame<'_, '_>) -> Received {
-        self.engine.as_mut().map_or(Received::Nothing, |engine| engine.receive(room))
+        let receive = self.shared.receive.get();
+        self.engine.as_mut().map_or(Received::Nothing, |engine| engine.receive(room, receive))
     }
 
     fn drop_next(&mut self) {

@@ -103,7 +103,7 @@ fn egress(packet: &Packet, port: &PortState) -> Result<Egress, DropReason> {
 
 /// Whether the frame must be cut, or its checksum filled in, for who is there.
 fn unfinished_for(packet: &Packet, slot: &Slot) -> bool {
-    slot.opened.as_ref().is_some_and(|opened| !opened.receive.contains(packet.header.needs()))
+    slot.opened.as_ref().is_some_and(|opened| !opened.receive.get().contains(packet.header.needs()))
 }
 
 impl SwitchEndpoint {
@@ -252,10 +252,18 @@ impl SwitchEndpoint {
         Ok(())
     }
 
-    /// The next packet for this pair.
+    /// The next packet for this pair. What was sent before the machine allowed less may leave too much undone: that is dropped.
     pub(super) fn next(&mut self) -> Option<&Arc<Packet>> {
         if self.taken.is_empty() {
             self.queue.take_all(&mut self.taken);
+        }
+        let allowed = self.open.opened.receive.get();
+        while self.taken.front().is_some_and(|packet| !allowed.contains(packet.header.needs())) {
+            self.taken.pop_front();
+            self.open.attachment.port.stats.receive_dropped();
+            if self.taken.is_empty() {
+                self.queue.take_all(&mut self.taken);
+            }
         }
         self.taken.front()
     }

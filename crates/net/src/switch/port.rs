@@ -1,13 +1,14 @@
 //! [`SwitchPort`]: a place in the switch, and what the switch knows of it.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
 use super::counts::{Counters, PortId, PortSummary};
 use super::endpoint::{OpenPort, SwitchEndpoint};
 use super::limit::{Limiter, Rate};
 use super::queue::Queue;
 use super::{Inner, Vlan};
-use crate::{Endpoint, MacAddr, Offloads, Port, PortInfo, PortStats, Result, Setup};
+use crate::{Endpoint, Error, MacAddr, Offloads, Port, PortInfo, PortStats, Result, Setup, SharedOffloads};
 
 /// How a port of the switch is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,13 +85,17 @@ impl PortState {
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) queues: Vec<Arc<Queue>>,
-    pub(super) receive: Offloads,
+    /// What may be left undone in frames for the machine.
+    pub(super) receive: SharedOffloads,
+    /// Queues that the machine looks at, from the first: at least one.
+    active: AtomicUsize,
 }
 
 impl Opened {
     /// The queue for a flow.
     pub(super) fn queue(&self, flow: impl FnOnce() -> u32) -> Option<&Arc<Queue>> {
-        match self.queues.as_slice() {
+        let active = self.active.load(Ordering::Relaxed);
+        match self.queues.get(..active).unwrap_or(&self.queues) {
             [only] => Some(only),
             queues => {
                 let flow = usize::try_from(flow()).unwrap_or(0);
@@ -156,6 +161,8 @@ impl Drop for Attachment {
 pub struct SwitchPort {
     attachment: Arc<Attachment>,
     info: PortInfo,
+    /// What there is while it is open.
+    opened: Weak<Opened>,
 }
 
 impl SwitchPort {
@@ -168,7 +175,7 @@ impl SwitchPort {
             mtu,
             mac: options.mac,
         };
-        Self { attachment: Arc::new(attachment), info }
+        Self { attachment: Arc::new(attachment), info, opened: Weak::new() }
     }
 
     /// Its number.
@@ -176,10 +183,12 @@ impl SwitchPort {
         self.attachment.port.id
     }
 
-    pub(super) fn open_endpoints(&self, setup: &Setup) -> Result<Vec<SwitchEndpoint>> {
+    pub(super) fn open_endpoints(&mut self, setup: &Setup) -> Result<Vec<SwitchEndpoint>> {
         let pairs = setup.pairs.clamp(1, self.info.max_pairs);
         let queues = (0..pairs).map(|_| Ok(Arc::new(Queue::new()?))).collect::<Result<Vec<_>>>()?;
-        let opened = Arc::new(Opened { queues, receive: setup.receive });
+        let active = AtomicUsize::new(queues.len());
+        let opened = Arc::new(Opened { queues, receive: SharedOffloads::new(setup.receive), active });
+        self.opened = Arc::downgrade(&opened);
         self.attachment.switch.open(self.id(), &opened);
         let open = OpenPort { attachment: Arc::clone(&self.attachment), opened };
         let open = Arc::new(open);
@@ -199,6 +208,25 @@ impl Port for SwitchPort {
             .into_iter()
             .map(|endpoint| Box::new(endpoint) as Box<dyn Endpoint>)
             .collect())
+    }
+
+    fn set_receive(&mut self, receive: Offloads) -> Result<()> {
+        if let Some(opened) = self.opened.upgrade() {
+            opened.receive.set(receive);
+        }
+        Ok(())
+    }
+
+    /// Flows of the others come to these from now on.
+    fn set_active_pairs(&mut self, pairs: u16) -> Result<()> {
+        let Some(opened) = self.opened.upgrade() else { return Ok(()) };
+        let (active, pairs_open) = (usize::from(pairs), opened.queues.len());
+        if !(1..=pairs_open).contains(&active) {
+            let reason = format!("the port is open with {pairs_open}");
+            return Err(Error::invalid("active queue pairs", pairs.to_string(), reason));
+        }
+        opened.active.store(active, Ordering::Relaxed);
+        Ok(())
     }
 
     fn stats(&self) -> Arc<PortStats> {

@@ -87,7 +87,7 @@ impl Pipe {
         poll: &OwnedFd,
         number: u64,
     ) -> Result<Self> {
-        let port = switch.attach(options, uplink)?;
+        let mut port = switch.attach(options, uplink)?;
         // The peer takes complete frames only.
         let ends = port.open_endpoints(&Setup { pairs: 1, receive: Offloads::empty() })?;
         let end = ends.into_iter().next();

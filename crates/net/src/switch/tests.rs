@@ -45,7 +45,7 @@ impl Machine {
     }
 
     fn that_takes(switch: &Switch, options: PortOptions, receive: Offloads) -> Self {
-        let port = switch.port(options).unwrap();
+        let mut port = switch.port(options).unwrap();
         let end = port.open_endpoints(&Setup { pairs: 1, receive }).unwrap().remove(0);
         Self { port, end, mem: GuestMem::anonymous(0x4_0000).unwrap() }
     }
@@ -171,7 +171,7 @@ fn a_port_opens_again_after_a_reset_with_another_setup() {
 fn flows_are_spread_over_pairs_and_each_stays_in_its_own() {
     let switch = Switch::default();
     let mut a = Machine::at(&switch, PortOptions::default());
-    let port = switch.port(PortOptions::default()).unwrap();
+    let mut port = switch.port(PortOptions::default()).unwrap();
     let mut ends = port.open_endpoints(&Setup { pairs: 4, receive: Offloads::empty() }).unwrap();
     let mut used = BTreeSet::new();
     for flow in 0..64u8 {
@@ -187,6 +187,54 @@ fn flows_are_spread_over_pairs_and_each_stays_in_its_own() {
         used.insert(pair);
     }
     assert_eq!(used.len(), 4);
+}
+
+#[test]
+fn flows_go_to_active_pairs_only() {
+    let switch = Switch::default();
+    let mut a = Machine::at(&switch, PortOptions::default());
+    let mut port = switch.port(PortOptions::default()).unwrap();
+    assert!(port.set_active_pairs(3).is_ok(), "of a port that is not open nobody asks");
+    let mut ends = port.open_endpoints(&Setup { pairs: 4, receive: Offloads::empty() }).unwrap();
+    let mut used = |active| {
+        port.set_active_pairs(active).unwrap();
+        let mut used = BTreeSet::new();
+        for flow in 0..64u8 {
+            let mut udp = frame(mac(2), mac(1), &[]);
+            (udp[12], udp[13], udp[14], udp[23], udp[35]) = (8, 0, 0x45, 17, flow);
+            a.send(&udp);
+            let pair = ends.iter_mut().position(|end| end.waiting().map(|_| end.drop_next()).is_some());
+            used.insert(pair.unwrap());
+        }
+        used.into_iter().collect::<Vec<_>>()
+    };
+    assert_eq!(used(2), [0, 1]);
+    assert_eq!(used(1), [0]);
+    assert_eq!(used(4), [0, 1, 2, 3]);
+    for wrong in [0, 5] {
+        assert!(matches!(port.set_active_pairs(wrong), Err(Error::Invalid { .. })), "{wrong}");
+    }
+}
+
+#[test]
+fn a_machine_that_allows_less_while_it_is_open_gets_complete_frames_from_then_on() {
+    let switch = Switch::default();
+    let [mut a, mut b] = machines(&switch);
+    b.send(&frame(mac(1), mac(2), b""));
+    let (whole, header) = large_segment(5 * 1448);
+    a.send_at(0, &header, &whole);
+    assert_eq!(b.receive().unwrap().1.gso, Some(Gso::Tcp4));
+    a.send_at(0, &header, &whole);
+    b.port.set_receive(Offloads::empty()).unwrap();
+    assert_eq!(b.end.waiting(), None, "what was sent before is not what it allows");
+    assert_eq!(b.port.stats().counts().rx_dropped, 1);
+    a.send_at(0, &header, &whole);
+    let got: Vec<_> = std::iter::from_fn(|| b.receive()).collect();
+    assert_eq!(got.len(), 5);
+    assert!(got.iter().all(|(_, header)| header.needs().is_empty()));
+    b.port.set_receive(Offloads::all()).unwrap();
+    a.send_at(0, &header, &whole);
+    assert_eq!(b.receive().unwrap().0.len(), whole.len());
 }
 
 /// An access port, and trunks with and without a native VLAN.

@@ -10,7 +10,9 @@ use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend, MemorySlice};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 
 use crate::gso;
-use crate::{Endpoint, Error, Frame, Offloads, PortStats, Received, Result, Sent, Source, VnetHeader};
+use crate::{
+    Endpoint, Error, Frame, Offloads, PortStats, Received, Result, Sent, SharedOffloads, Source, VnetHeader,
+};
 
 /// The largest frame: an IP packet of 64 KiB, Ethernet, and two tags of VLANs.
 const MAX_FRAME: usize = 65535 + 22;
@@ -22,6 +24,9 @@ const SPILL: usize = 0x1_1000;
 const ETHERNET: usize = 18;
 /// Slices of a caller's room behind which there is place for the spill without an allocation.
 const SLICES: usize = 48;
+/// Ordinary frames after a large one before room for large ones is not asked for any more: in a bulk transfer some are small, and to
+/// a machine that is asked for much room each small frame costs dozens of buffers that are taken and put back.
+const REMEMBERED: u8 = 64;
 /// Frames in a row that are dropped before the caller is told that there is nothing. More than the queue of an interface holds:
 /// the kernel makes frames with more undone than it was told only when it was just told.
 const MAX_REFUSED: usize = 2048;
@@ -33,9 +38,10 @@ pub(super) struct TapEndpoint {
     writing: Arc<OwnedFd>,
     vnet: bool,
     /// What the machine lets be left undone.
-    receive: Offloads,
-    /// Bytes that most frames have at most.
-    usual: usize,
+    receive: Arc<SharedOffloads>,
+    mtu: Option<u16>,
+    /// So many ordinary frames must come before no large one is expected.
+    large: u8,
     /// It was not found empty since it was last found readable.
     readable: bool,
     /// Frames that did not fit into the room they were read to: here.
@@ -58,7 +64,7 @@ impl TapEndpoint {
     pub(super) fn new(
         fd: Arc<OwnedFd>,
         vnet: bool,
-        receive: Offloads,
+        receive: Arc<SharedOffloads>,
         mtu: Option<u16>,
         stats: Arc<PortStats>,
     ) -> Result<Self> {
@@ -68,13 +74,38 @@ impl TapEndpoint {
         epoll::add(&writing, &fd, epoll::EventData::new_u64(0), edges).map_err(|e| failed()(e.into()))?;
         let spill = GuestMem::anonymous(SPILL as u64)
             .map_err(|e| Error::io("get memory for the frames of a tap")(io::Error::other(e)))?;
-        let large = Offloads::TSO4 | Offloads::TSO6 | Offloads::UFO | Offloads::USO;
-        let usual = match mtu {
-            Some(mtu) if !receive.intersects(large) => usize::from(mtu) + ETHERNET,
-            _ => MAX_FRAME,
-        };
         let writing = Arc::new(writing);
-        Ok(Self { fd, writing, vnet, receive, usual, readable: true, spill, waiting: None, stats })
+        Ok(Self { fd, writing, vnet, receive, mtu, large: 0, readable: true, spill, waiting: None, stats })
+    }
+
+    /// Bytes that the next frame probably has at most: of one that has more, the rest goes by the spill.
+    fn usual(&self) -> usize {
+        let large = Offloads::TSO4 | Offloads::TSO6 | Offloads::UFO | Offloads::USO;
+        match self.mtu {
+            Some(mtu) if self.large == 0 || !self.receive.get().intersects(large) => {
+                usize::from(mtu) + ETHERNET
+            }
+            _ => MAX_FRAME,
+        }
+    }
+
+    /// A frame of so many bytes was read: more of its kind may come.
+    fn learn(&mut self, len: usize) {
+        let ordinary = self.mtu.is_some_and(|mtu| len <= usize::from(mtu) + ETHERNET);
+        self.large = if ordinary { self.large.saturating_sub(1) } else { REMEMBERED };
+    }
+
+    /// Whether the machine may see a frame with this header.
+    fn allows(&self, header: &VnetHeader) -> bool {
+        self.receive.get().contains(header.needs())
+    }
+
+    /// Drops the frame that waits if the machine may not see it any more.
+    fn check_waiting(&mut self) {
+        if self.waiting.is_some_and(|(_, header)| !self.allows(&header)) {
+            self.waiting = None;
+            self.stats.receive_dropped();
+        }
     }
 
     /// Reads the next frame to `room`; what does not fit goes to the spill, and then the rest is brought there.
@@ -144,7 +175,7 @@ impl TapEndpoint {
             Ok(0) => None,
             Ok(done) => {
                 let header = VnetHeader::from_bytes(raw);
-                let header = header.filter(|header| self.receive.contains(header.needs()));
+                let header = header.filter(|header| self.allows(header));
                 Some((done.checked_sub(header_len)?, header))
             }
             Err(error) => {
@@ -253,24 +284,28 @@ impl Endpoint for TapEndpoint {
     }
 
     fn waiting(&mut self) -> Option<usize> {
+        self.check_waiting();
         if let Some((len, _)) = self.waiting {
             return Some(len);
         }
         self.readable = self.readable || self.is(PollFlags::IN);
-        self.readable.then_some(self.usual)
+        self.readable.then(|| self.usual())
     }
 
     fn receive(&mut self, room: Frame<'_, '_>) -> Received {
+        self.check_waiting();
         if self.waiting.is_some() {
             return self.take_waiting(&room);
         }
         for _ in 0..MAX_REFUSED {
             match self.read(&room) {
                 Read::Fits(len, header) => {
+                    self.learn(len);
                     self.stats.received(len);
                     return Received::Frame(len, header);
                 }
                 Read::Spilled(len, header) => {
+                    self.learn(len);
                     self.waiting = Some((len, header));
                     return self.take_waiting(&room);
                 }
@@ -311,6 +346,7 @@ mod tests {
         other.set_nonblocking(true).unwrap();
         let stats = Arc::new(PortStats::default());
         let fd = Arc::new(ours.into());
+        let receive = Arc::new(SharedOffloads::new(receive));
         (TapEndpoint::new(fd, vnet, receive, Some(1500), Arc::clone(&stats)).unwrap(), other, stats)
     }
 
@@ -366,9 +402,8 @@ mod tests {
     }
 
     #[test]
-    fn with_segments_allowed_it_asks_for_room_for_the_largest() {
+    fn a_segment_for_which_there_was_no_room_waits_whole() {
         let (mut end, other, _) = endpoint(true, Offloads::CSUM | Offloads::TSO4);
-        assert_eq!(end.waiting(), Some(MAX_FRAME));
         let large = VnetHeader {
             checksum: Some((34, 16)),
             gso: Some(crate::Gso::Tcp4),
@@ -425,5 +460,46 @@ mod tests {
         end.drop_next();
         assert_eq!(end.receive(frame), Received::Nothing);
         assert_eq!(stats.counts().rx_dropped, 2);
+    }
+
+    #[test]
+    fn what_is_not_allowed_any_more_is_dropped_even_if_it_was_read_already() {
+        let (mut end, other, stats) = endpoint(true, Offloads::CSUM);
+        let mem = GuestMem::anonymous(0x1000).unwrap();
+        let view = mem.view();
+        let slices = [view.get_slice(GuestAddress(0), 100).unwrap()];
+        let partial = VnetHeader { checksum: Some((34, 6)), ..VnetHeader::default() };
+        other.send(&packet(partial, &[1; 60])).unwrap();
+        assert_eq!(end.receive(Frame::new(&slices).truncate(20)), Received::NeedsRoom(60));
+        other.send(&packet(partial, &[2; 61])).unwrap();
+        other.send(&packet(VnetHeader::default(), &[3; 62])).unwrap();
+        end.receive.set(Offloads::empty());
+        assert_eq!(end.waiting(), Some(1518), "what was said before does not hold any more");
+        assert_eq!(end.receive(Frame::new(&slices)), Received::Frame(62, VnetHeader::default()));
+        assert_eq!(stats.counts().rx_dropped, 2);
+    }
+
+    #[test]
+    fn room_for_large_frames_is_asked_for_while_they_come() {
+        let (mut end, other, _) = endpoint(true, Offloads::CSUM | Offloads::TSO4);
+        let mem = GuestMem::anonymous(0x2_0000).unwrap();
+        let view = mem.view();
+        let slices = [view.get_slice(GuestAddress(0), MAX_FRAME).unwrap()];
+        let mut pass = |end: &mut TapEndpoint, len: usize| {
+            other.send(&packet(VnetHeader::default(), &vec![1; len])).unwrap();
+            let frame = Frame::new(&slices).truncate(end.waiting().unwrap());
+            if end.receive(frame) == Received::NeedsRoom(len) {
+                let frame = Frame::new(&slices).truncate(end.waiting().unwrap());
+                assert_eq!(end.receive(frame), Received::Frame(len, VnetHeader::default()));
+            }
+        };
+        assert_eq!(end.waiting(), Some(1518));
+        pass(&mut end, 9000);
+        assert_eq!(end.waiting(), Some(MAX_FRAME));
+        for _ in 0..REMEMBERED {
+            assert_eq!(end.waiting(), Some(MAX_FRAME));
+            pass(&mut end, 60);
+        }
+        assert_eq!(end.waiting(), Some(1518));
     }
 }

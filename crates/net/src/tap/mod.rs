@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use self::endpoint::TapEndpoint;
-use crate::{Endpoint, Error, Offloads, Port, PortInfo, PortStats, Result, Setup};
+use crate::{Endpoint, Error, Offloads, Port, PortInfo, PortStats, Result, Setup, SharedOffloads};
 
 pub use self::open::TapOptions;
 
@@ -52,6 +52,8 @@ pub struct Tap {
     /// There is a vnet header in front of each frame.
     vnet: bool,
     offloads: Offloads,
+    /// What the machine lets be left undone now.
+    receive: Arc<SharedOffloads>,
     mtu: Option<u16>,
     stats: Arc<PortStats>,
 }
@@ -103,6 +105,21 @@ impl Tap {
         }
         Ok(())
     }
+
+    /// Tells the kernel what it may leave undone, and from then on lets nothing else through.
+    fn allow(&self, receive: Offloads) -> Result<()> {
+        if let (true, Some(queue)) = (self.vnet, self.queues.first()) {
+            sys::set_offload(queue.fd.as_fd(), bits(receive))
+                .map_err(Error::io(format!("set the offloads {receive:?} of the tap {:?}", self.name)))?;
+        }
+        self.receive.set(receive);
+        Ok(())
+    }
+
+    /// Queues that have an endpoint.
+    fn opened(&self) -> usize {
+        self.queues.iter().filter(|queue| Arc::strong_count(&queue.fd) > 1).count()
+    }
 }
 
 impl Port for Tap {
@@ -118,7 +135,7 @@ impl Port for Tap {
 
     fn open(&mut self, setup: &Setup) -> Result<Vec<Box<dyn Endpoint>>> {
         let pairs = usize::from(setup.pairs);
-        let free = self.queues.iter().all(|queue| Arc::strong_count(&queue.fd) == 1);
+        let free = self.opened() == 0;
         if !free || pairs == 0 || pairs > self.queues.len() {
             let reason = if free {
                 format!("the tap {:?} was opened with {} queues", self.name, self.queues.len())
@@ -128,17 +145,29 @@ impl Port for Tap {
             return Err(Error::invalid("queue pairs", pairs.to_string(), reason));
         }
         self.attach(pairs)?;
-        let receive = setup.receive & self.offloads;
-        if let (true, Some(queue)) = (self.vnet, self.queues.first()) {
-            sys::set_offload(queue.fd.as_fd(), bits(receive))
-                .map_err(Error::io(format!("set the offloads {receive:?} of the tap {:?}", self.name)))?;
-        }
+        self.allow(setup.receive & self.offloads)?;
         let endpoint = |queue: &Queue| -> Result<Box<dyn Endpoint>> {
             let fd = Arc::clone(&queue.fd);
             let stats = Arc::clone(&self.stats);
+            let receive = Arc::clone(&self.receive);
             Ok(Box::new(TapEndpoint::new(fd, self.vnet, receive, self.mtu, stats)?))
         };
         self.queues.iter().take(pairs).map(endpoint).collect()
+    }
+
+    fn set_receive(&mut self, receive: Offloads) -> Result<()> {
+        self.allow(receive & self.offloads)
+    }
+
+    /// Detaches the queues of the others, so that the kernel sends no flow there. Of a tap with one queue nothing changes.
+    fn set_active_pairs(&mut self, pairs: u16) -> Result<()> {
+        let wanted = usize::from(pairs);
+        let opened = self.opened();
+        if wanted == 0 || wanted > opened {
+            let reason = format!("the tap {:?} is open with {opened}", self.name);
+            return Err(Error::invalid("active queue pairs", pairs.to_string(), reason));
+        }
+        self.attach(wanted)
     }
 
     fn stats(&self) -> Arc<PortStats> {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rustix::fs::{Mode, OFlags};
 
 use super::{Queue, Tap, bits, sys};
-use crate::{Error, Offloads, PortStats, Result, VnetHeader};
+use crate::{Error, Offloads, Result, SharedOffloads, VnetHeader};
 
 const DEVICE: &str = "/dev/net/tun";
 
@@ -160,7 +160,8 @@ fn set_up(name: String, fds: Vec<OwnedFd>, flags: c_int) -> Result<Tap> {
         }
     };
     let queues = fds.into_iter().map(|fd| Queue { fd: Arc::new(fd), attached: true }).collect();
-    Ok(Tap { name, queues, multi_queue, vnet, offloads, mtu, stats: Arc::new(PortStats::default()) })
+    let receive = Arc::new(SharedOffloads::new(Offloads::empty()));
+    Ok(Tap { name, queues, multi_queue, vnet, offloads, receive, mtu, stats: Arc::default() })
 }
 
 /// The most that the kernel accepts: USO came in Linux 6.2.

@@ -1,11 +1,13 @@
 //! What the driver says in the control queue, and what it may say.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-use freestone_net::{MacAddr, Offloads, VnetHeader};
+use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend};
+use freestone_net::switch::{PortOptions, Switch};
+use freestone_net::{Frame, Gso, MacAddr, Offloads, Port, Setup, VnetHeader};
 use freestone_testkit::driver::Buffer;
 use freestone_virtio::net::{MAX_ADDRESSES, feature};
 
-use crate::support::{MAC, Machine, RINGS, config, frame, plain};
+use crate::support::{MAC, Machine, RINGS, SharedWire, config, frame, plain};
 
 const RX: u8 = 0;
 const PROMISC: u8 = 0;
@@ -240,6 +242,46 @@ fn the_driver_changes_what_frames_may_leave_undone() {
     machine.device.pause().unwrap();
     machine.device.resume().unwrap();
     assert_eq!(machine.wire().setups.last().unwrap().receive, Offloads::CSUM, "over a pause as well");
+}
+
+#[test]
+fn a_switch_cuts_segments_for_a_driver_that_does_not_take_them_any_more() {
+    let switch = Switch::default();
+    let options = PortOptions { mac: Some(MAC), ..PortOptions::default() };
+    let mut machine =
+        Machine::over(switch.port(options).unwrap(), SharedWire::default(), config().queue_size(64));
+    let offloads = feature::GUEST_CSUM | feature::GUEST_TSO4;
+    machine.start(feature::CTRL_VQ | feature::CTRL_GUEST_OFFLOADS | feature::MRG_RXBUF | offloads);
+    machine.fill(32, 2048);
+    // Another machine sends two segments in one.
+    let mut other = switch.port(PortOptions::default()).unwrap();
+    let mut end = other.open(&Setup { pairs: 1, receive: Offloads::empty() }).unwrap().remove(0);
+    let (mem, mut segment) = (GuestMem::anonymous(0x1000).unwrap(), vec![0u8; 54 + 2000]);
+    segment[..12].copy_from_slice(&[MAC.0, OTHER.0].concat());
+    segment[12..24].copy_from_slice(&[8, 0, 0x45, 0, 8, 8, 0, 0, 0, 0, 64, 6]);
+    segment[46] = 5 << 4;
+    let header = VnetHeader {
+        checksum: Some((34, 16)),
+        gso: Some(Gso::Tcp4),
+        gso_size: 1000,
+        hdr_len: 54,
+        ..VnetHeader::default()
+    };
+    let mut send = |machine: &mut Machine| {
+        let view = mem.view();
+        let slices = [view.get_slice(GuestAddress(0), segment.len()).unwrap()];
+        let whole = Frame::new(&slices);
+        whole.write_at(0, &segment);
+        end.transmit(&header, whole);
+        end.flush();
+        machine.run();
+        machine.frames().iter().map(Vec::len).collect::<Vec<_>>()
+    };
+    assert_eq!(send(&mut machine), [54 + 2000]);
+    assert!(machine.command(OFFLOADS, 0, &0u64.to_le_bytes()));
+    assert_eq!(send(&mut machine), [54 + 1000; 2]);
+    assert!(machine.command(OFFLOADS, 0, &offloads.to_le_bytes()));
+    assert_eq!(send(&mut machine), [54 + 2000]);
 }
 
 #[test]

@@ -252,9 +252,14 @@ pub fn config() -> NetConfig {
 
 impl Machine {
     pub fn new(port: TestPort, config: NetConfig) -> Self {
+        let wire = port.wire();
+        Self::over(port, wire, config)
+    }
+
+    /// With a card in a port of another kind, of which `wire` knows nothing.
+    pub fn over(port: impl Port + 'static, wire: SharedWire, config: NetConfig) -> Self {
         let mem = GuestMem::anonymous(MEMORY).unwrap();
         let mut wiring = TestWiring::new(mem.clone());
-        let wire = port.wire();
         let net = Net::new(port, config).unwrap();
         let handle = net.handle();
         let plug = VirtioMmioPlug::new(net, "net");

@@ -42,8 +42,6 @@ pub(super) struct Engine {
     reassembly: Reassembly,
     /// With the ports that the host chose.
     forwards: Vec<Forward>,
-    /// What may be left undone in frames for the machine.
-    receive: Offloads,
     events: Vec<Ready>,
     /// Packets that have to be in one piece.
     scratch: Vec<u8>,
@@ -89,7 +87,6 @@ impl Engine {
             icmp: Icmp::new(),
             reassembly: Reassembly::default(),
             forwards: Vec::new(),
-            receive: Offloads::empty(),
             events: Vec::new(),
             scratch: Vec::new(),
             timer,
@@ -133,11 +130,6 @@ impl Engine {
         self.poll.source()
     }
 
-    /// The machine lets this be left undone from now on.
-    pub(super) fn set_receive(&mut self, receive: Offloads) {
-        self.receive = receive;
-    }
-
     /// Does what the host's sockets and the time ask for, a bounded amount, and answers what the machine sent. Returns whether
     /// somebody woke it.
     pub(super) fn flush(&mut self) -> bool {
@@ -163,6 +155,15 @@ impl Engine {
         self.arm(next);
         self.now = None;
         woken
+    }
+
+    /// A card was plugged in.
+    pub(super) fn opened(&mut self) {
+        self.now = None;
+        let now = self.now();
+        link::introduce(&self.config, &mut self.link, now);
+        self.arm(self.link.advertise);
+        self.now = None;
     }
 
     /// Takes events once; returns how many there were.
@@ -207,13 +208,13 @@ impl Engine {
         }
     }
 
-    /// Length of the next frame for the machine, at most.
-    pub(super) fn waiting(&mut self) -> Option<usize> {
-        self.out.next_len().or_else(|| self.tcp.waiting(self.receive))
+    /// Length of the next frame for the machine, at most, if the machine lets `receive` be left undone.
+    pub(super) fn waiting(&mut self, receive: Offloads) -> Option<usize> {
+        self.out.next_len().or_else(|| self.tcp.waiting(receive))
     }
 
-    /// Puts the next frame for the machine into `room`.
-    pub(super) fn receive(&mut self, room: Frame<'_, '_>) -> Received {
+    /// Puts the next frame for the machine into `room`, with no more of it undone than `receive`.
+    pub(super) fn receive(&mut self, room: Frame<'_, '_>, receive: Offloads) -> Received {
         let received = match self.out.next_len() {
             Some(len) if len > room.len() => Received::NeedsRoom(len),
             Some(_) => self.out.pop().map_or(Received::Nothing, |(frame, header)| {
@@ -222,7 +223,6 @@ impl Engine {
                 Received::Frame(len, header)
             }),
             None => {
-                let receive = self.receive;
                 let Parts { mut cx, tcp, .. } = self.parts();
                 tcp.receive(&mut cx, room, receive)
             }

@@ -141,7 +141,7 @@ fn parsed(frame: &[u8], with: impl FnOnce(Ipv6Addr, Ipv6Addr, NdiscRepr<'_>)) {
 /// A world in which the first word was spoken.
 fn talking() -> World {
     let mut world = World::default();
-    world.link.advertise = Some(world.now + ADVERTISE_EVERY);
+    world.link.greeted = true;
     world
 }
 
@@ -240,6 +240,33 @@ fn the_router_speaks_at_the_first_word_and_then_now_and_again() {
     world.now = next;
     assert_eq!(timers(&mut world.cx()), Some(next + ADVERTISE_EVERY));
     parsed(&world.frame(), |_, _, repr| assert!(matches!(repr, NdiscRepr::RouterAdvert { .. })));
+}
+
+#[test]
+fn the_router_introduces_itself_to_a_card_before_the_machine_spoke() {
+    let mut world = World::default();
+    introduce(&world.config, &mut world.link, world.now);
+    let first = world.now + INTRODUCE_AFTER;
+    let mut due = first;
+    for after in [INTRODUCE_EVERY, INTRODUCE_EVERY, ADVERTISE_EVERY, ADVERTISE_EVERY] {
+        assert_eq!(timers(&mut world.cx()), Some(due));
+        assert!(world.frames().is_empty());
+        world.now = due;
+        due += after;
+        assert_eq!(timers(&mut world.cx()), Some(due));
+        parsed(&world.frame(), |_, dst, repr| {
+            assert!(dst == ALL_NODES && matches!(repr, NdiscRepr::RouterAdvert { .. }));
+        });
+    }
+    introduce(&world.config, &mut world.link, world.now);
+    assert_eq!(timers(&mut world.cx()), Some(world.now + INTRODUCE_AFTER), "the card came again");
+}
+
+#[test]
+fn without_ipv6_no_router_introduces_itself() {
+    let mut world = World::with(|config| config.ipv6 = None);
+    introduce(&world.config, &mut world.link, world.now);
+    assert_eq!(timers(&mut world.cx()), None);
 }
 
 #[test]

@@ -3,22 +3,23 @@
 use std::io;
 use std::net::SocketAddr;
 
-use rustix::process::{Resource, getrlimit};
-
 use super::flow::{Begin, End, Flow, Stage};
 use super::socket::Socket;
 use super::table::Key;
 use super::wire::{Flags, Header, Segment, Seq};
 use super::{Queues, Tcp, refuse};
+use crate::nat::admission::share_of_files;
 use crate::nat::context::{Context, Ready};
 use crate::nat::emit::ETHERNET;
 use crate::nat::icmp::{self, Why};
 use crate::nat::{GuestTarget, Limits, Protocol, dns};
 
-/// Most flows at once: a quarter of the files that the process may have is left to others.
+/// Flows have one of so many parts of the files that the process may have: half is left to others.
+const FILES: u64 = 2;
+
+/// Most flows at once.
 pub(super) fn max_flows(limits: &Limits) -> usize {
-    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    limits.tcp_flows.min(usize::try_from(files - files / 4).unwrap_or(usize::MAX))
+    limits.tcp_flows.min(share_of_files(FILES))
 }
 
 /// Where a connection leads.
@@ -146,4 +147,19 @@ fn target<'a>(cx: &Context<'a>, server: SocketAddr) -> Option<Target<'a>> {
     }
     let addr = SocketAddr::new(cx.true_destination(server.ip())?, server.port());
     config.policy.allows(Protocol::Tcp, addr).then_some(Target::Addr(addr))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Resource, getrlimit};
+
+    use super::*;
+
+    #[test]
+    fn connections_take_half_of_the_files_of_the_process_and_no_more_than_the_limit() {
+        let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let most = |tcp_flows| max_flows(&Limits { tcp_flows, ..Limits::default() });
+        assert_eq!(most(usize::MAX) as u64, files / 2);
+        assert_eq!(most(10), 10);
+    }
 }
