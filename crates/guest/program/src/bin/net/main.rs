@@ -215,12 +215,11 @@ fn transfer(stack: &mut Stack, peer: Peer, [send, receive]: [u64; 2]) -> Result<
             connection.to_send = send;
             // Whoever only receives ends when all is there.
             connection.close = connection.received >= receive;
-            (connection.ended && (connection.is_sent() || !connection.close)).then_some(())
+            (connection.is_over() || connection.ended && !connection.close).then_some(())
         },
         false,
     )?;
     let ticks = cpu::tsc().wrapping_sub(start);
-    stack.poll();
     let Some(connection) = stack.connection.take() else { return Err(Failure::Ended) };
     if connection.received != receive {
         stack.connection = Some(connection);
@@ -254,11 +253,10 @@ fn ping(stack: &mut Stack, to: (Ip, u16), n: u64) -> Result<Report, Failure> {
         stack,
         |connection| {
             connection.close = true;
-            (connection.is_sent() && connection.ended).then_some(())
+            connection.is_over().then_some(())
         },
         false,
     )?;
-    stack.poll();
     stack.connection = None;
     samples.sort_unstable();
     let at = |percent: usize| samples.get((samples.len() - 1) * percent / 100).copied().unwrap_or(0);
@@ -282,7 +280,7 @@ fn answered(stack: &mut Stack, to: (Ip, u16)) -> Result<Report, Failure> {
         |connection| {
             connection.to_send = 1;
             connection.close = connection.ended;
-            (connection.ended && connection.is_sent()).then_some(())
+            connection.is_over().then_some(())
         },
         false,
     )?;

@@ -179,8 +179,13 @@ impl Connection {
     }
 
     /// Everything that was to be sent is acknowledged; the end too, if it is to be sent.
-    pub fn is_sent(&self) -> bool {
+    fn is_sent(&self) -> bool {
         self.established && self.acknowledged == self.to_send + u64::from(self.close)
+    }
+
+    /// Both sides have ended, and both know it.
+    pub fn is_over(&self) -> bool {
+        self.close && self.ended && self.is_sent() && !self.owed
     }
 
     /// A segment came.
