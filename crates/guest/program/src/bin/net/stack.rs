@@ -266,6 +266,8 @@ impl Stack {
                 self.connection = Some(Connection::accept((own, self.card.mac), (from, mac), &segment));
                 return;
             }
+            // The next command may be the one that takes it: it will come again.
+            Some(_) if segment.is_first() => return,
             _ => {}
         }
         if let Some(frame) = segment.refusal((own, self.card.mac), (from, mac)) {
