@@ -182,7 +182,7 @@ pub fn bench(args: &Args, folder: &Path, on: Processors) -> Fallible<Value> {
         return Ok(Value::Null);
     }
     let Processors { vcpu, device } = on;
-    let ticks = ticks_per_nanosecond();
+    let ticks = host::ticks_per_nanosecond();
     let [format, ..] = &FORMATS;
     let path = provide(format, folder, args.size)?;
     let mut subjects = Vec::new();
@@ -302,14 +302,4 @@ fn measure(
         results.push(json!({ "depth": depth, "line": line(&case.name, &case.times, calls, Some(kicks)) }));
     }
     Ok(results)
-}
-
-/// The rate of the time stamp counter, which the guest reads.
-fn ticks_per_nanosecond() -> f64 {
-    // SAFETY: every x86-64 processor has RDTSC.
-    let tsc = || unsafe { core::arch::x86_64::_rdtsc() };
-    let (begin, first) = (Instant::now(), tsc());
-    std::thread::sleep(Duration::from_millis(100));
-    let last = tsc();
-    number(last.wrapping_sub(first)) / (begin.elapsed().as_secs_f64() * 1e9)
 }

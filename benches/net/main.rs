@@ -9,6 +9,7 @@ mod smol;
 mod switch;
 mod tap;
 mod traffic;
+mod vm;
 mod watch;
 
 use std::net::SocketAddr;
@@ -31,7 +32,7 @@ struct Args {
     #[arg(long, value_name = "MS", default_value_t = 400, value_parser = clap::value_parser!(u64).range(10..=60_000))]
     ms: u64,
 
-    /// Only this table: linux, engine, lookup, switch or tap.
+    /// Only this table: linux, vm, engine, lookup, switch or tap.
     #[arg(long, value_name = "NAME")]
     table: Option<String>,
 
@@ -51,6 +52,10 @@ struct Args {
     #[arg(long, hide = true)]
     nat: Option<String>,
 
+    /// This process is a machine.
+    #[arg(long, hide = true)]
+    machine: bool,
+
     /// With `--nat`: what leads to the agent.
     #[arg(long, hide = true)]
     forward: Option<SocketAddr>,
@@ -67,10 +72,14 @@ fn main() -> std::process::ExitCode {
     if args.common.list {
         return std::process::ExitCode::SUCCESS;
     }
-    let done = match (args.agent, &args.nat) {
-        (Some(port), _) => ns::agent(port),
-        (None, Some(tap)) => ns::nat(tap, args.forward),
-        (None, None) => bench(args),
+    let done = if args.machine {
+        vm::machine()
+    } else {
+        match (args.agent, &args.nat) {
+            (Some(port), _) => ns::agent(port),
+            (None, Some(tap)) => ns::nat(tap, args.forward),
+            (None, None) => bench(args),
+        }
     };
     match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
@@ -88,8 +97,9 @@ fn bench(mut args: Args) -> Fallible<()> {
     if args.quick {
         (args.rounds, args.ms) = (args.rounds.min(2), args.ms.min(50));
     }
-    let tables: [Table; 5] = [
+    let tables: [Table; 6] = [
         ("linux", linux::bench),
+        ("vm", vm::bench),
         ("engine", engine::bench),
         ("lookup", lookup::bench),
         ("switch", switch::bench),

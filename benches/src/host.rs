@@ -45,6 +45,17 @@ pub fn thread_time() -> f64 {
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0)).as_secs_f64() * 1e9
 }
 
+/// The rate of the time stamp counter, which guests read, in ticks for a nanosecond. Takes a tenth of a second.
+pub fn ticks_per_nanosecond() -> f64 {
+    // SAFETY: every x86-64 processor has RDTSC.
+    let tsc = || unsafe { core::arch::x86_64::_rdtsc() };
+    let (begin, first) = (std::time::Instant::now(), tsc());
+    std::thread::sleep(Duration::from_millis(100));
+    #[expect(clippy::cast_precision_loss, reason = "far less than 2^53")]
+    let ticks = tsc().wrapping_sub(first) as f64;
+    ticks / (begin.elapsed().as_secs_f64() * 1e9)
+}
+
 /// Why this host cannot run the benches that need /dev/kvm, or `None` if it can.
 pub fn kvm_unusable() -> Option<String> {
     match std::fs::File::options().read(true).write(true).open("/dev/kvm") {

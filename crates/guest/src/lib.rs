@@ -4,6 +4,7 @@
 pub mod blk;
 pub mod demo;
 pub mod exits;
+pub mod net;
 pub mod paging;
 pub mod probe;
 pub mod start;
@@ -51,8 +52,11 @@ pub const ECHO: &[u8] = program!("echo");
 /// Writes numbered blocks to its disk until it is killed, and says on COM1 which are durable. See [`writer`].
 pub const WRITER: &[u8] = program!("writer");
 
+/// Uses a network card as it is told: DHCP, TCP in both directions, echo requests. See [`net`].
+pub const NET: &[u8] = program!("net");
+
 /// All images with their names, for tests and lists.
-pub const ALL: [(&str, &[u8]); 9] = [
+pub const ALL: [(&str, &[u8]); 10] = [
     ("demo", DEMO),
     ("start", START),
     ("exits", EXITS),
@@ -62,6 +66,7 @@ pub const ALL: [(&str, &[u8]); 9] = [
     ("probe", PROBE),
     ("echo", ECHO),
     ("writer", WRITER),
+    ("net", NET),
 ];
 
 /// Guest-physical address of the parameter block: the first 128 bytes of every image, sixteen little-endian 64-bit words.

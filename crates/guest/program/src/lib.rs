@@ -18,6 +18,7 @@ pub mod pci;
 pub mod phys;
 pub mod port;
 pub mod pvh;
+pub mod registers;
 pub mod virtio;
 
 /// Makes `$main`, an `extern "C" fn(start_info: u64) -> !`, the program of this image.

@@ -19,6 +19,8 @@ use crate::pvh::StartInfo;
 
 /// The vendor of virtio functions on PCI (4.1.2).
 const VENDOR: u16 = 0x1AF4;
+/// Virtio device id of a network card.
+pub const NETWORK: u32 = 1;
 /// Virtio device id of a disk.
 pub const BLOCK: u32 = 2;
 /// Virtio device id of an entropy source.

@@ -8,21 +8,33 @@
 mod memory;
 mod packed;
 mod split;
-mod transport;
 
 use core::hint::spin_loop;
 
 use freestone_guest_program::acpi::Acpi;
 use freestone_guest_program::pvh::StartInfo;
+use freestone_guest_program::registers::Device;
+use freestone_guest_program::virtio::BLOCK as BLOCK_DEVICE;
 use freestone_guest_program::{cpu, entry, machine, params, port};
 
 use memory::{BLOCK, MAX_DEPTH, MAX_QUEUES, Slots};
 use packed::Packed;
 use split::Split;
-use transport::{Device, feature};
 
 entry!(main);
 params!(0);
+
+/// Features that the driver knows.
+mod feature {
+    pub const MULTI_QUEUE: u64 = 1 << 12;
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    pub const EVENT_IDX: u64 = 1 << 29;
+    pub const RING_PACKED: u64 = 1 << 34;
+}
+
+/// Offsets in the configuration of a block device: capacity in sectors, number of queues.
+const CAPACITY: u64 = 0;
+const NUM_QUEUES: u64 = 34;
 
 /// Words of the parameter block that the host writes.
 mod command {
@@ -67,7 +79,7 @@ enum Operation {
 extern "C" fn main(info: u64) -> ! {
     let info = StartInfo::new(info);
     let acpi = Acpi::find(info);
-    let device = Device::find(info, acpi.as_ref());
+    let device = Device::find(BLOCK_DEVICE, info, acpi.as_ref());
     let mut status = 1;
     loop {
         // The host changes the block before this returns.
@@ -92,9 +104,11 @@ fn work(device: &Device, operation: Operation) -> Result<(), Failure> {
     let features = device.begin(params::get(command::FEATURES)).ok_or(Failure::Refused)?;
     params::set(result::FEATURES, features);
     params::set(result::TRANSPORT, device.transport());
-    let blocks = device.sectors() / (BLOCK as u64 / 512);
+    let sectors =
+        u64::from(device.config::<u32>(CAPACITY + 4)) << 32 | u64::from(device.config::<u32>(CAPACITY));
+    let blocks = sectors / (BLOCK as u64 / 512);
     params::set(result::BLOCKS, blocks);
-    if blocks == 0 || wanted > device.queues(features) {
+    if blocks == 0 || wanted > queues(device, features) {
         return Err(Failure::Refused);
     }
     let plan = Plan {
@@ -112,6 +126,11 @@ fn work(device: &Device, operation: Operation) -> Result<(), Failure> {
         let mut queues = [Split::new(slots(0), device, features), Split::new(slots(1), device, features)];
         finish(device, queues.get_mut(..wanted).unwrap_or_default(), plan)
     }
+}
+
+/// How many queues the device has.
+fn queues(device: &Device, features: u64) -> usize {
+    if features & feature::MULTI_QUEUE == 0 { 1 } else { device.config::<u16>(NUM_QUEUES).into() }
 }
 
 /// A queue of either format.

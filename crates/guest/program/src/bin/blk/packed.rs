@@ -2,9 +2,10 @@
 
 use core::sync::atomic::{Ordering, fence};
 
-use crate::Queue;
+use freestone_guest_program::registers::{Device, Notify};
+
 use crate::memory::{INDIRECT, MAX_SIZE, Place, Slots};
-use crate::transport::{Device, Notify, feature};
+use crate::{Queue, feature};
 
 /// Flags of a descriptor: the marks of the driver and of the device.
 const AVAIL: u16 = 1 << 7;

@@ -2,9 +2,10 @@
 
 use core::sync::atomic::{Ordering, fence};
 
-use crate::Queue;
+use freestone_guest_program::registers::{Device, Notify};
+
 use crate::memory::{INDIRECT, MAX_SIZE, Place, Slots, put_descriptor};
-use crate::transport::{Device, Notify, feature};
+use crate::{Queue, feature};
 
 /// Both rings: flags, index, entries.
 const FLAGS: usize = 0;

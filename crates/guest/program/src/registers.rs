@@ -1,22 +1,16 @@
-//! Finding the disk, and its registers on either transport (virtio 1.2, sections 4.1 and 4.2).
+//! A virtio device's registers on either transport (virtio 1.2, sections 4.1 and 4.2), for drivers of the programs' own, which are
+//! written for speed. Other programs use `virtio-drivers`, by [`crate::virtio`].
 
-use freestone_guest_program::acpi::Acpi;
-use freestone_guest_program::phys::{self, MAPPED, Register};
-use freestone_guest_program::pvh::StartInfo;
+use crate::acpi::Acpi;
+use crate::phys::{self, MAPPED, Plain, Register};
+use crate::pvh::StartInfo;
 
-/// Features that the driver knows.
-pub mod feature {
-    pub const MULTI_QUEUE: u64 = 1 << 12;
-    pub const INDIRECT_DESC: u64 = 1 << 28;
-    pub const EVENT_IDX: u64 = 1 << 29;
-    pub const VERSION_1: u64 = 1 << 32;
-    pub const RING_PACKED: u64 = 1 << 34;
-}
+/// `VIRTIO_F_VERSION_1`, which the driver always takes.
+pub const VERSION_1: u64 = 1 << 32;
 
 const MAGIC: u32 = 0x7472_6976;
-const BLOCK_DEVICE: u32 = 2;
 /// Vendor in the lower, device in the upper half: virtio 1.2 names PCI devices 0x1040 and their id.
-const PCI_BLOCK_DEVICE: u32 = 0x1042_1AF4;
+const PCI_DEVICE: u32 = 0x1040_1AF4;
 
 /// Bits of the device status.
 const ACKNOWLEDGE: u32 = 1;
@@ -54,17 +48,29 @@ mod common {
     pub const QUEUE_ADDRESSES: [u64; 3] = [32, 40, 48];
 }
 
-/// Offsets in the configuration of a block device: capacity in sectors, number of queues.
-const CAPACITY: u64 = 0;
-const NUM_QUEUES: u64 = 34;
-
+/// Where a device's registers are.
+#[derive(Debug)]
 pub enum Device {
-    Mmio { base: u64 },
-    Pci { common: u64, notify: u64, multiplier: u64, config: u64 },
+    /// The MMIO transport.
+    Mmio {
+        /// The first register.
+        base: u64,
+    },
+    /// A function of PCI.
+    Pci {
+        /// The common configuration.
+        common: u64,
+        /// Where queues are kicked.
+        notify: u64,
+        /// How far apart.
+        multiplier: u64,
+        /// The device's own configuration.
+        config: u64,
+    },
 }
 
 /// Where a queue is kicked, and how.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct Notify {
     at: u64,
     queue: u16,
@@ -72,6 +78,7 @@ pub struct Notify {
 }
 
 impl Notify {
+    /// Kicks it.
     pub fn kick(self) {
         if self.wide { put(self.at, u32::from(self.queue)) } else { put(self.at, self.queue) }
     }
@@ -90,25 +97,25 @@ fn put<T: Copy>(at: u64, value: T) {
 }
 
 impl Device {
-    /// The first disk on PCI, or else of the command line.
-    pub fn find(info: Option<StartInfo>, acpi: Option<&Acpi>) -> Option<Self> {
-        Self::find_pci(acpi).or_else(|| Self::find_mmio(info?.command_line()))
+    /// The first with this virtio device id on PCI, or else of the command line.
+    pub fn find(id: u32, info: Option<StartInfo>, acpi: Option<&Acpi>) -> Option<Self> {
+        Self::find_pci(id, acpi).or_else(|| Self::find_mmio(id, info?.command_line()))
     }
 
     /// From words such as `virtio_mmio.device=4K@0xd0000000:5`.
-    fn find_mmio(command_line: &str) -> Option<Self> {
+    fn find_mmio(id: u32, command_line: &str) -> Option<Self> {
         command_line.split_ascii_whitespace().find_map(|word| {
             let (_, place) = word.strip_prefix("virtio_mmio.device=")?.split_once('@')?;
             let base = u64::from_str_radix(place.split(':').next()?.strip_prefix("0x")?, 16).ok()?;
             let ours = base + 0x1000 <= MAPPED
                 && phys::read::<u32>(base) == Some(MAGIC)
-                && phys::read::<u32>(base + 8) == Some(BLOCK_DEVICE);
+                && phys::read::<u32>(base + 8) == Some(id);
             ours.then_some(Self::Mmio { base })
         })
     }
 
     /// From the functions 0 of the bus that the table MCFG names.
-    fn find_pci(acpi: Option<&Acpi>) -> Option<Self> {
+    fn find_pci(id: u32, acpi: Option<&Acpi>) -> Option<Self> {
         let ecam = acpi?.table(b"MCFG")?.u64(44);
         if ecam == 0 || ecam + (1 << 20) > MAPPED {
             return None;
@@ -117,7 +124,7 @@ impl Device {
             // SAFETY: MCFG says that configuration space is here.
             let register =
                 |offset: u64| unsafe { Register::new((ecam + (device << 15) + (offset & 0xFFC)) as u32) };
-            if register(0).read() != PCI_BLOCK_DEVICE {
+            if register(0).read() != PCI_DEVICE + (id << 16) {
                 return None;
             }
             // Memory space and bus mastering.
@@ -184,7 +191,7 @@ impl Device {
     pub fn begin(&self, wanted: u64) -> Option<u64> {
         self.reset();
         self.set_status(ACKNOWLEDGE | DRIVER);
-        let features = self.features() & (wanted | feature::VERSION_1);
+        let features = self.features() & (wanted | VERSION_1);
         for (half, bits) in [features as u32, (features >> 32) as u32].into_iter().enumerate() {
             match *self {
                 Self::Mmio { base } => {
@@ -220,22 +227,13 @@ impl Device {
         self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
     }
 
-    fn config(&self) -> u64 {
-        match *self {
+    /// A value of the device's own configuration.
+    pub fn config<T: Plain>(&self, offset: u64) -> T {
+        let start = match *self {
             Self::Mmio { base } => base + mmio::CONFIG,
             Self::Pci { config, .. } => config,
-        }
-    }
-
-    /// Sectors of the disk.
-    pub fn sectors(&self) -> u64 {
-        let at = self.config() + CAPACITY;
-        u64::from(get::<u32>(at + 4)) << 32 | u64::from(get::<u32>(at))
-    }
-
-    /// How many queues it has.
-    pub fn queues(&self, features: u64) -> usize {
-        if features & feature::MULTI_QUEUE == 0 { 1 } else { get::<u16>(self.config() + NUM_QUEUES).into() }
+        };
+        get(start + offset)
     }
 
     /// The largest size of a queue.
