@@ -207,6 +207,13 @@ impl Engine {
         }
     }
 
+    /// Wants to be flushed again soon.
+    pub(super) fn again(&mut self) {
+        let now = self.now();
+        self.arm(Some(now));
+        self.now = None;
+    }
+
     /// Length of the next frame for the machine, at most.
     pub(super) fn waiting(&mut self) -> Option<usize> {
         self.out.next_len().or_else(|| self.tcp.waiting(self.receive))
