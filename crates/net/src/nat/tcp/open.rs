@@ -3,22 +3,25 @@
 use std::io;
 use std::net::SocketAddr;
 
-use rustix::process::{Resource, getrlimit};
-
 use super::flow::{Begin, End, Flow, Stage};
 use super::socket::Socket;
 use super::table::Key;
 use super::wire::{Flags, Header, Segment, Seq};
 use super::{Queues, Tcp, refuse};
+use crate::nat::admission::share_of_files;
 use crate::nat::context::{Context, Ready};
 use crate::nat::emit::ETHERNET;
 use crate::nat::icmp::{self, Why};
 use crate::nat::{GuestTarget, Limits, Protocol, dns};
 
-/// Most flows at once: a quarter of the files that the process may have is left to others.
+/// One of so many files of the process may be a connection. With those of UDP, DNS and ICMP, more than a quarter is left to all others.
+const FILES: u64 = 2;
+/// Programs that work for the machine at once, and that are started for it in a second.
+pub(super) const MAX_PROGRAMS: u32 = 64;
+
+/// Most flows at once.
 pub(super) fn max_flows(limits: &Limits) -> usize {
-    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    limits.tcp_flows.min(usize::try_from(files - files / 4).unwrap_or(usize::MAX))
+    limits.tcp_flows.min(share_of_files(FILES))
 }
 
 /// Where a connection leads.
@@ -43,6 +46,14 @@ impl Tcp {
         if self.table.len() >= self.max_flows {
             cx.stats.limited();
             return refuse(cx, &key, syn, 0);
+        }
+        if matches!(target, Target::Special(GuestTarget::Command(_))) {
+            let running = self.table.iter().filter(|flow| flow.socket.has_program()).count();
+            if running as u64 >= MAX_PROGRAMS.into() || !self.programs.admit(cx.now) {
+                // A process costs the host far more than a connection. The machine asks again in a second.
+                cx.stats.limited();
+                return;
+            }
         }
         match self.dial(cx, key, syn, &target) {
             Ok(()) => {}
