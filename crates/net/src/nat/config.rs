@@ -101,7 +101,8 @@ pub struct Limits {
     /// TCP connections at once, with those being opened and closed. Default: 4096, or half of the files that the process may have
     /// when the NAT is made, if that is fewer.
     pub tcp_flows: usize,
-    /// UDP flows at once. Default: 1024. A new one ends the one that was idle longest.
+    /// UDP flows at once. Default: 1024. A new one ends the one that was idle longest; those who come by a forward end no others
+    /// once they have half of them.
     pub udp_flows: usize,
     /// ICMP echo flows at once. Default: 64.
     pub icmp_flows: usize,
@@ -115,7 +116,7 @@ pub struct Limits {
     pub udp_idle: Duration,
     /// Bytes of a connection that the host did not take yet, at most: the largest window. Default: 256 KiB.
     pub tcp_buffer: usize,
-    /// Bytes for all connections together. Default: 32 MiB.
+    /// The same for all connections together, beside 4 KiB that each may have anyhow. Default: 32 MiB.
     pub total_buffer: usize,
 }
 

@@ -57,6 +57,19 @@ impl<T> Flows<T> {
         Some((index, self.get(index)?))
     }
 
+    /// The flow that was used least lately of those that are so.
+    pub(super) fn oldest_of(&self, is: impl Fn(&T) -> bool) -> Option<u32> {
+        let mut at = self.oldest;
+        while let Some(index) = at {
+            let slot = self.slot(index)?;
+            if slot.value.as_ref().is_some_and(&is) {
+                return at;
+            }
+            at = slot.newer;
+        }
+        None
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
         self.slots.iter().filter_map(|slot| slot.value.as_ref())
     }

@@ -29,13 +29,26 @@ impl NatHandle {
         op: &'static str,
         job: impl FnOnce(&mut Engine) -> T + Send + 'static,
     ) -> Result<T> {
+        self.ask_for(PATIENCE, op, job)
+    }
+
+    fn ask_for<T: Send + 'static>(
+        &self,
+        patience: Duration,
+        op: &'static str,
+        job: impl FnOnce(&mut Engine) -> T + Send + 'static,
+    ) -> Result<T> {
         let (sender, receiver) = mpsc::sync_channel(1);
+        let waits = Arc::new(());
+        let asker = Arc::downgrade(&waits);
         self.shared.submit(Box::new(move |engine| {
-            // Who asked may have gone.
-            let _ = sender.send(job(engine));
+            // Who was told that it failed must not find it done later.
+            if asker.strong_count() > 0 {
+                let _ = sender.send(job(engine));
+            }
         }));
         let late = || std::io::Error::from(std::io::ErrorKind::TimedOut);
-        receiver.recv_timeout(PATIENCE).map_err(|_| Error::io(op)(late()))
+        receiver.recv_timeout(patience).map_err(|_| Error::io(op)(late()))
     }
 
     /// How it was configured. Forwards may have been added and removed since.
@@ -84,5 +97,55 @@ impl NatHandle {
     /// If the one who drives the endpoint does not answer.
     pub fn flows(&self) -> Result<Vec<FlowInfo>> {
         self.ask("list the flows of a NAT", |engine| engine.flows())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+    use super::*;
+    use crate::nat::Nat;
+    use crate::{Endpoint, Offloads, Port, Setup};
+
+    fn open() -> (Nat, Box<dyn Endpoint>) {
+        let mut nat = Nat::new(NatConfig::default()).unwrap();
+        let endpoint = nat.open(&Setup { pairs: 1, receive: Offloads::empty() }).unwrap().remove(0);
+        (nat, endpoint)
+    }
+
+    #[test]
+    fn what_was_said_to_have_failed_is_not_done_later() {
+        let (nat, mut endpoint) = open();
+        let handle = nat.handle();
+        let forward: Forward = "tcp:127.0.0.1:0-:22".parse().unwrap();
+        let late = handle.ask_for(Duration::ZERO, "be late", move |engine| engine.add_forward(&forward));
+        late.unwrap_err();
+        endpoint.flush();
+        drop(endpoint);
+        assert!(handle.forwards().unwrap().is_empty());
+    }
+
+    #[test]
+    fn those_who_never_stop_asking_do_not_hold_the_machine_up() {
+        fn again(shared: &Arc<Shared>, stop: &Arc<AtomicBool>) {
+            let (next, stop) = (Arc::clone(shared), Arc::clone(stop));
+            shared.submit(Box::new(move |_| {
+                if !stop.load(Ordering::Relaxed) {
+                    again(&next, &stop);
+                }
+            }));
+        }
+        let (nat, mut endpoint) = open();
+        let stop = Arc::default();
+        again(&nat.handle().shared, &stop);
+        endpoint.flush();
+        // They are not forgotten.
+        let (epoll, source) = (Epoll::new().unwrap(), endpoint.sources().remove(0));
+        epoll.ctl(ControlOperation::Add, source.as_raw_fd(), EpollEvent::new(EventSet::IN, 0)).unwrap();
+        assert_eq!(epoll.wait(20_000, &mut [EpollEvent::default()]).unwrap(), 1);
+        stop.store(true, Ordering::Relaxed);
     }
 }

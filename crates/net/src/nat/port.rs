@@ -13,6 +13,9 @@ use crate::{
     SharedOffloads, Source, VnetHeader,
 };
 
+/// How often jobs are done in one flush.
+const MAX_ROUNDS: usize = 4;
+
 /// What somebody wants of the engine.
 pub(super) type Job = Box<dyn FnOnce(&mut Engine) + Send>;
 
@@ -183,11 +186,16 @@ impl Endpoint for NatEndpoint {
     fn flush(&mut self) {
         let Some(engine) = &mut self.engine else { return };
         // What jobs changed may want to be told; and who was answered may ask the next thing meanwhile.
-        while engine.flush() {
+        for _ in 0..MAX_ROUNDS {
+            if !engine.flush() {
+                return;
+            }
             for job in self.shared.jobs() {
                 job(engine);
             }
         }
+        // Those who never stop asking do not stop the machine.
+        engine.again();
     }
 
     fn waiting(&mut self) -> Option<usize> {

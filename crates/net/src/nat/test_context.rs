@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemoryBackend};
@@ -17,7 +18,7 @@ use smoltcp::wire::{
 use super::context::{Context, Link, Poll, Ready};
 use super::icmp::Why;
 use super::outbox::Outbox;
-use super::{Dial, NatConfig, NatStats};
+use super::{Dial, HostDial, NatConfig, NatStats};
 use crate::{Frame, MacAddr};
 
 /// The Ethernet address of the machine in tests.
@@ -31,6 +32,8 @@ pub(super) struct FakeDial {
     pub(super) icmp: Vec<IpAddr>,
     /// The other ends of the sockets, in order.
     pub(super) ends: Vec<UnixDatagram>,
+    /// The same of TCP.
+    pub(super) streams: Vec<UnixStream>,
     /// Addresses that are elsewhere in truth, on this host: real sockets are made.
     pub(super) real: HashMap<SocketAddr, SocketAddr>,
     /// Refuse all.
@@ -52,7 +55,15 @@ impl FakeDial {
 
 impl Dial for FakeDial {
     fn tcp(&mut self, _: SocketAddr) -> io::Result<OwnedFd> {
-        Err(io::ErrorKind::Unsupported.into())
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        theirs.set_nonblocking(true)?;
+        self.streams.push(theirs);
+        Ok(ours.into())
+    }
+
+    fn command(&mut self, words: &[String]) -> io::Result<(OwnedFd, Child)> {
+        HostDial.command(words)
     }
 
     fn udp(&mut self, to: SocketAddr) -> io::Result<OwnedFd> {

@@ -140,7 +140,7 @@ impl Udp {
         server: SocketAddr,
         peer: SocketAddr,
     ) -> std::result::Result<u32, Option<Why>> {
-        if !self.admit(cx) {
+        if !self.admit(cx, false) {
             return Err(None);
         }
         let made = self.flows.insert(|token| {
@@ -166,14 +166,21 @@ impl Udp {
         }
     }
 
-    /// Whether there may be one more flow; makes room for it.
-    fn admit(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Whether there may be one more flow, of somebody who comes by a forward or of the machine; makes room for it.
+    fn admit(&mut self, cx: &mut Context<'_>, comes: bool) -> bool {
         let limits = &cx.config.limits;
         let admission = self.admission.get_or_insert_with(|| Admission::new(limits.new_flows));
         let most = limits.udp_flows.min(self.max_flows);
         if most == 0 || !admission.admit(cx.now) {
             cx.stats.limited();
             return false;
+        }
+        // Addresses of those who come may be forged: however many they are, the machine's own flows stay.
+        if comes
+            && self.by_peer.len() >= most.div_ceil(2)
+            && let Some(oldest) = self.flows.oldest_of(|flow| matches!(flow.way, Way::Forward(_)))
+        {
+            self.close(oldest);
         }
         while self.flows.len() >= most
             && let Some((oldest, _)) = self.flows.oldest()
@@ -337,7 +344,7 @@ impl Udp {
             cx.stats.ignored();
             return None;
         };
-        if !self.admit(cx) {
+        if !self.admit(cx, true) {
             return None;
         }
         let flow = Flow::new(guest, seen, peer, Way::Forward(forward), cx.now);

@@ -246,6 +246,10 @@ impl SwitchEndpoint {
                 result = pushed;
             }
         }
+        if let Some(Some(parts)) = &parts {
+            // One large segment to all is as much work as all its parts.
+            port.storm.charge(now, parts.len().saturating_sub(1));
+        }
         parts.into_iter().flatten().flatten().for_each(|part| self.pool.keep(part));
         result?;
         port.counters.flooded();

@@ -43,6 +43,14 @@ impl Bucket {
             })
             .is_ok()
     }
+
+    /// Takes `units`, whether they are there or not: they are waited for afterwards.
+    fn charge(&self, now: u64, units: u64) {
+        let cost = units.saturating_mul(SECOND).checked_div(self.per_second).unwrap_or(0);
+        let _ = self.full_at.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at| {
+            Some(full_at.max(now).saturating_add(cost))
+        });
+    }
 }
 
 /// Limits of what one port sends.
@@ -55,6 +63,13 @@ pub(super) struct Limiter {
 impl Limiter {
     pub(super) fn new(rate: Rate) -> Self {
         Self { frames: rate.frames.map(Bucket::new), bytes: rate.bytes.map(Bucket::new) }
+    }
+
+    /// A frame that passed became so many more.
+    pub(super) fn charge(&self, now: u64, frames: usize) {
+        if let Some(bucket) = &self.frames {
+            bucket.charge(now, frames as u64);
+        }
     }
 
     /// Whether a frame of `len` bytes may pass at the time `now` in nanoseconds.

@@ -36,6 +36,8 @@ mod table;
 mod vlan;
 
 #[cfg(test)]
+mod attack_tests;
+#[cfg(test)]
 #[cfg(feature = "stream")]
 mod server_tests;
 #[cfg(test)]

@@ -26,7 +26,8 @@ pub struct PortOptions {
     /// What the machine may send: more is dropped.
     pub limit: Rate,
     /// Frames per second that the machine may send to all ports: broadcast, multicast and for addresses that nobody is known to
-    /// have. `None`: any number. Each of them costs the work of as many frames as there are ports.
+    /// have. `None`: any number. Each of them costs the work of as many frames as there are ports; a large segment that
+    /// has to be cut counts as what becomes of it.
     pub storm: Option<u64>,
     /// Most pairs of queues, from 1.
     pub max_pairs: u16,

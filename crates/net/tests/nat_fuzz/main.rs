@@ -9,8 +9,10 @@
 mod check;
 mod frames;
 mod host;
+mod peers;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use freestone_memory::{GuestAddress, GuestMem, GuestMemoryBackend, MemoryView};
 use freestone_net::nat::{Action, Forward, Limits, Nat, NatConfig, Policy, Protocol, Rule};
@@ -19,6 +21,7 @@ use freestone_net::{Endpoint, Frame, Offloads, Port, Received, Setup, VnetHeader
 use check::Expected;
 use frames::{Generator, Random};
 use host::{FakeHost, Log};
+use peers::Peers;
 
 const ROOM: usize = 70_000;
 const TX_AT: u64 = 0x10_0000;
@@ -35,6 +38,7 @@ struct Bench {
     log: Log,
     mem: GuestMem,
     expected: Expected,
+    peers: Peers,
 }
 
 impl Bench {
@@ -43,9 +47,10 @@ impl Bench {
         let mtu = config.mtu;
         let mut nat = Nat::with_dial(config, Box::new(FakeHost::new(log.clone()))).unwrap();
         let receive = receive & nat.info().receive;
+        let peers = Peers::new(nat.handle().forwards().unwrap());
         let endpoint = nat.open(&Setup { pairs: 1, receive }).unwrap().remove(0);
         let mem = GuestMem::anonymous(4 << 20).unwrap();
-        Self { endpoint, nat, log, mem, expected: Expected { receive, mtu } }
+        Self { endpoint, nat, log, mem, expected: Expected { receive, mtu }, peers }
     }
 
     fn attack(&mut self, generator: &mut Generator, frames: usize) {
@@ -57,6 +62,7 @@ impl Bench {
             if generator.random.one_in(4) {
                 self.endpoint.flush();
                 self.log.act(&mut generator.random);
+                self.peers.act(&mut generator.random);
                 self.receive(&view, generator);
             }
             if generator.random.one_in(200) {
@@ -144,8 +150,8 @@ fn fuzz(config: impl Fn() -> NatConfig, judge: impl Fn(Option<Protocol>, SocketA
         }
         // Each flow has a socket here and one at the fake host; the NAT has a few of its own; other tests run beside.
         assert!(open_files() < files + 1000, "{} files", open_files());
-        let Bench { endpoint, nat, .. } = bench;
-        drop(endpoint);
+        let Bench { endpoint, nat, peers, .. } = bench;
+        drop((endpoint, peers));
         assert!(nat.handle().flows().unwrap().len() <= 65);
         if case == cases / 4 {
             resident = Some(resident_kib());
@@ -234,4 +240,40 @@ fn without_rules_only_single_hosts_are_reached_and_loopback_by_the_gateway_alone
         }
     });
     assert!(reached > 300, "{reached} sockets");
+}
+
+#[test]
+fn those_who_come_by_forwards_and_the_smallest_limits_open_no_way_to_what_is_denied() {
+    let config = || {
+        let mut config = NatConfig::default();
+        config.limits = small_limits();
+        let limits = &mut config.limits;
+        (limits.tcp_flows, limits.udp_flows, limits.icmp_flows) = (6, 3, 1);
+        (limits.tcp_buffer, limits.total_buffer) = (1, 1);
+        (limits.tcp_handshake, limits.tcp_idle) = (Duration::from_millis(3), Duration::from_millis(5));
+        limits.udp_idle = Duration::from_millis(1);
+        config.mtu = 1280;
+        config.name_servers = vec![(Ipv4Addr::new(198, 51, 100, 53), 53).into()];
+        config.forwards = ["tcp:127.0.0.1:0-:22", "udp:127.0.0.1:0-:53", "tcp:127.0.0.1:0-10.0.2.99:80"]
+            .map(|forward| forward.parse().unwrap())
+            .into();
+        let rules = ["127.0.0.0/8", "::1", "169.254.0.0/16", "192.168.0.0/16"];
+        config.policy = Policy { rules: rules.iter().map(|rule| deny(rule)).collect() };
+        config
+    };
+    let reached = fuzz(config, |_, to| {
+        let denied = match to.ip() {
+            IpAddr::V4(addr) => {
+                addr.is_loopback() || addr.is_link_local() || addr.octets().starts_with(&[192, 168])
+            }
+            IpAddr::V6(addr) => addr.is_loopback() || addr.to_ipv4_mapped().is_some(),
+        };
+        assert!(!denied, "{to}");
+    });
+    assert!(reached > 100, "{reached} sockets");
+}
+
+fn deny(network: &str) -> Rule {
+    let network = Some(network.parse().unwrap());
+    Rule { action: Action::Deny, network, ports: 0..=u16::MAX, protocol: None }
 }

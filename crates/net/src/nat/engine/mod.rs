@@ -208,6 +208,13 @@ impl Engine {
         }
     }
 
+    /// Wants to be flushed again soon.
+    pub(super) fn again(&mut self) {
+        let now = self.now();
+        self.arm(Some(now));
+        self.now = None;
+    }
+
     /// Length of the next frame for the machine, at most, if the machine lets `receive` be left undone.
     pub(super) fn waiting(&mut self, receive: Offloads) -> Option<usize> {
         self.out.next_len().or_else(|| self.tcp.waiting(receive))

@@ -26,6 +26,9 @@ const MAX_RETRIES: u8 = 12;
 /// further frame; a window of megabytes would make that most of the work. It is a hundred times what fits in a round trip.
 const MAX_IN_FLIGHT: u32 = 512 << 10;
 
+/// Bytes that a flow may keep for the host even if all together have as many as they may.
+const OWN_BUFFER: usize = 4096;
+
 /// How far a flow is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -246,11 +249,19 @@ impl Flow {
         self.guest_fin && self.shut && self.fin_acked
     }
 
+    /// How much more may be kept for the host. However much other flows keep: those whose hosts do not read must not stop all
+    /// others.
+    pub(super) fn room(&self, limits: &Limits, buffered: usize) -> usize {
+        let kept = self.pending.len();
+        let shared = limits.total_buffer.saturating_sub(buffered);
+        buffer_size(limits).saturating_sub(kept).min(shared.max(OWN_BUFFER.saturating_sub(kept)))
+    }
+
     /// The window that the machine is told now (RFC 9293, 3.8.6): never less than before, and wider in good steps only.
     pub(super) fn advertise(&mut self, limits: &Limits, buffered: usize) -> u16 {
         let scale = u32::from(self.rcv_scale);
         let cap = buffer_size(limits).min(65535 << scale);
-        let free = cap.saturating_sub(self.pending.len()).min(limits.total_buffer.saturating_sub(buffered));
+        let free = self.room(limits, buffered).min(cap.saturating_sub(self.pending.len()));
         let free = u32::try_from(free).unwrap_or(0) >> scale << scale;
         let edge = self.rcv_nxt.plus(free);
         let step = u32::from(self.mss).min(u32::try_from(cap / 2).unwrap_or(0));
@@ -263,7 +274,7 @@ impl Flow {
     /// Whether the window got so much wider that the machine should know at once.
     pub(super) fn window_is_news(&self, limits: &Limits, buffered: usize) -> bool {
         let cap = buffer_size(limits).min(65535 << self.rcv_scale);
-        let free = cap.saturating_sub(self.pending.len()).min(limits.total_buffer.saturating_sub(buffered));
+        let free = self.room(limits, buffered).min(cap.saturating_sub(self.pending.len()));
         let told = usize::try_from(self.rcv_edge.beyond(self.rcv_nxt)).unwrap_or(usize::MAX);
         free.saturating_sub(told) >= (cap / 2).min(2 * usize::from(self.mss)) && !self.guest_fin
     }
@@ -374,7 +385,8 @@ impl Flow {
     /// How long nothing may happen.
     fn patience(&self, limits: &Limits) -> Instant {
         match self.stage {
-            Stage::Open if self.guest_fin && self.fin_sent => self.active + limits.tcp_handshake,
+            // Not while the host still has to take something: it may be slow.
+            Stage::Open if self.shut && self.fin_sent => self.active + limits.tcp_handshake,
             Stage::Open => self.active + limits.tcp_idle,
             _ => self.opened + limits.tcp_handshake,
         }

@@ -3,7 +3,7 @@
 use std::io;
 
 use super::Queues;
-use super::flow::{End, Flow, Stage, buffer_size};
+use super::flow::{End, Flow, Stage};
 use super::wire::{Flags, Segment};
 use crate::Frame;
 use crate::nat::context::Context;
@@ -235,10 +235,7 @@ impl Flow {
                 Err(_) => return Err(End::ByHost),
             };
         }
-        let limits = &cx.config.limits;
-        let room = buffer_size(limits)
-            .saturating_sub(self.pending.len())
-            .min(limits.total_buffer.saturating_sub(queues.buffered));
+        let room = self.room(&cx.config.limits, queues.buffered);
         let mut rest = payload.after(taken).truncate(room);
         let mut chunk = [0; 4096];
         while !rest.is_empty() {
@@ -262,6 +259,8 @@ impl Flow {
                 Ok(0) => break,
                 Ok(n) => {
                     let n = n.min(self.pending.len());
+                    // A slow reader is no dead one.
+                    self.active = cx.now;
                     self.pending.drain(..n);
                     queues.buffered = queues.buffered.saturating_sub(n);
                 }

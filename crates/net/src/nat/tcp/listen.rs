@@ -199,6 +199,10 @@ fn open(addr: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let fd = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
     sockopt::set_socket_reuseaddr(&fd, true)?;
+    if addr.is_ipv6() {
+        // Who says `[::]` does not open a port of IPv4: that is a forward of its own, as for UDP.
+        sockopt::set_ipv6_v6only(&fd, true)?;
+    }
     bind(&fd, &addr)?;
     listen(&fd, BACKLOG)?;
     let addr = SocketAddr::try_from(getsockname(&fd)?)?;

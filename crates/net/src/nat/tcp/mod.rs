@@ -14,6 +14,8 @@ mod open;
 mod output;
 mod socket;
 mod table;
+#[cfg(test)]
+mod tests;
 mod timers;
 mod wire;
 
@@ -89,6 +91,8 @@ pub(super) struct Tcp {
     queues: Queues,
     listeners: Listeners,
     rate: Admission,
+    /// Programs that are started.
+    programs: Admission,
     /// Flows at once.
     max_flows: usize,
     /// Programs whose connections ended, and when they are to be killed.
@@ -114,6 +118,7 @@ impl Tcp {
             queues,
             listeners: Listeners::default(),
             rate: Admission::new(config.limits.new_flows),
+            programs: Admission::new(open::MAX_PROGRAMS),
             max_flows: open::max_flows(&config.limits),
             children: Vec::new(),
             next_child_check: None,

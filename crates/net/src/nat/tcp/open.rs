@@ -14,8 +14,10 @@ use crate::nat::emit::ETHERNET;
 use crate::nat::icmp::{self, Why};
 use crate::nat::{GuestTarget, Limits, Protocol, dns};
 
-/// Flows have one of so many parts of the files that the process may have: half is left to others.
+/// One of so many files of the process may be a connection. With those of UDP, DNS and ICMP, more than a quarter is left to all others.
 const FILES: u64 = 2;
+/// Programs that work for the machine at once, and that are started for it in a second.
+pub(super) const MAX_PROGRAMS: u32 = 64;
 
 /// Most flows at once.
 pub(super) fn max_flows(limits: &Limits) -> usize {
@@ -44,6 +46,14 @@ impl Tcp {
         if self.table.len() >= self.max_flows {
             cx.stats.limited();
             return refuse(cx, &key, syn, 0);
+        }
+        if matches!(target, Target::Special(GuestTarget::Command(_))) {
+            let running = self.table.iter().filter(|flow| flow.socket.has_program()).count();
+            if running as u64 >= MAX_PROGRAMS.into() || !self.programs.admit(cx.now) {
+                // A process costs the host far more than a connection. The machine asks again in a second.
+                cx.stats.limited();
+                return;
+            }
         }
         match self.dial(cx, key, syn, &target) {
             Ok(()) => {}

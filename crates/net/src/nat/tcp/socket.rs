@@ -42,6 +42,11 @@ impl Socket {
         self.fd.as_fd()
     }
 
+    /// Whether a program is at the other end.
+    pub(super) fn has_program(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// Takes the error that happened, if one did.
     pub(super) fn error(&self) -> Option<io::Error> {
         match sockopt::socket_error(&self.fd) {

@@ -361,14 +361,19 @@ fn a_forward_that_was_removed_is_free_and_its_flows_are_gone() {
 }
 
 #[test]
-fn those_who_come_by_a_forward_are_bounded_as_well() {
+fn those_who_come_by_a_forward_are_bounded_and_leave_the_machine_its_own_flows() {
     let (mut world, mut udp) = with(|config| config.limits.udp_flows = 4);
+    for port in [1, 2] {
+        send(&mut world, &mut udp, &format!("10.0.2.15:{port}"), SERVER, b"x");
+    }
     let host = udp.listen(&mut world.cx(), &forward("udp:127.0.0.1:0-:7")).unwrap();
     for _ in 0..20 {
         UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"x", host).unwrap();
     }
     assert_eq!(received(&mut world, &mut udp).len(), 20);
-    assert_eq!((udp.flows(world.now).len(), udp.by_peer.len(), udp.by_guest.len()), (4, 4, 4));
+    assert_eq!((udp.flows(world.now).len(), udp.by_peer.len(), udp.by_guest.len()), (4, 2, 4));
+    let own = udp.flows(world.now).iter().filter(|flow| flow.outgoing).count();
+    assert_eq!(own, 2);
 }
 
 #[test]
