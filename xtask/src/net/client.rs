@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -64,6 +65,24 @@ pub fn echo_tcp(to: SocketAddr, count: u32, bytes: u64) -> Result<()> {
     }
     println!("right tcp {count} connections of {bytes} bytes");
     Ok(())
+}
+
+/// One connection whose data comes back, and that stays open until a file is gone.
+pub fn hold(to: SocketAddr, bytes: u64, until_gone: &Path) -> Result<()> {
+    let stream = connect(to)?;
+    let mut output = stream.try_clone().context("duplicating a socket")?;
+    let writer = thread::spawn(move || {
+        std::io::copy(&mut Pattern::new(1).take(bytes), &mut output).context("sending")
+    });
+    let mut checker = Checker::new(1);
+    let received = checker.read_all(&mut (&stream).take(bytes));
+    writer.join().unwrap_or_else(|_| bail!("a thread panicked"))?;
+    received.with_context(|| format!("connection to {to}"))?;
+    println!("{}", checker.verdict(bytes));
+    while until_gone.exists() {
+        thread::sleep(Duration::from_millis(50));
+    }
+    if checker.is_right(bytes) { Ok(()) } else { bail!("the pattern is wrong") }
 }
 
 /// Datagrams that must come back.
