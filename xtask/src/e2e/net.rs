@@ -100,9 +100,11 @@ const CLASSIC_32: &str = namespace!(
      [ ! -e /modules/kvm-amd.ko ] || { rmmod kvm_amd && insmod /modules/kvm-amd.ko npt=0; } || {
          echo \"the lab's kvm-amd cannot be loaded without nested paging, which QEMU's walk of PAE tables needs\"; exit 1; }"
 );
-/// Takes that back, for the cases that come later.
-const NESTED_PAGING: &str = "[ ! -e /modules/kvm-amd.ko ] || [ $(cat /sys/module/kvm_amd/parameters/npt) = Y ] || {
-    rmmod kvm_amd; insmod /modules/kvm-amd.ko; } || { echo \"the lab's kvm-amd stays without nested paging\"; exit 1; }";
+/// Takes that back, for the cases that come later. A machine that was killed may hold the module for some more moments.
+const NESTED_PAGING: &str = "[ -e /modules/kvm-amd.ko ] || exit 0
+    npt() { [ \"$(cat /sys/module/kvm_amd/parameters/npt 2>/dev/null)\" = Y ]; }
+    tries=0; until npt || { rmmod kvm_amd; insmod /modules/kvm-amd.ko; npt; }; do tries=$((tries + 1)); [ $tries -lt 50 ] || {
+        echo \"the lab's kvm-amd stays without nested paging\"; exit 1; }; sleep 0.1; done 2>/dev/null";
 
 /// A guest with the tools and a card.
 const fn guest(scenario: &'static str, setup: &'static str, args: &'static str) -> Linux {

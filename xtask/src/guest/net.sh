@@ -169,7 +169,7 @@ net_passt() {
 net_hostile() {
 	lease eth0
 	told "before" tool net echo tcp 10.0.2.2:$ECHO --count 5 --bytes 100000
-	timed tool net garbage eth0 --frames 20000 --seed 3
+	timed tool net garbage eth0 --frames 10000 --seed 3
 	timed tool net flood 10.0.2.2:$ECHO --connections 10000
 	told "after" tool net echo tcp 10.0.2.2:$ECHO --count 5 --bytes 100000
 	told "upload" tool net send "10.0.2.2:$SINK" 1000000 2
