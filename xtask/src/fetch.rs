@@ -17,6 +17,8 @@ use crate::vmlinux;
 
 /// A statically linked busybox: the user space of the guest and of the lab.
 const BUSYBOX: &str = "busybox-static";
+/// User-mode networking of somebody else, as a peer of the stream socket.
+const PASST: &str = "passt";
 
 /// An architecture whose kernel and user space are fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +108,8 @@ pub struct Fetched {
     pub release: String,
     /// The 32-bit kernel and user space.
     pub i386: Fetched32,
+    /// `passt`, if this system's packages have it.
+    pub passt: Option<PathBuf>,
 }
 
 /// Files from the packages for i386.
@@ -139,7 +143,17 @@ pub fn fetch(need: Need, update: bool) -> Result<Fetched> {
     let i386 = files(&lab, Arch::I386, &fetch_arch(&lab, Arch::I386, update)?)?;
     let Fetched32 { bzimage, modules, busybox } = files(&lab, Arch::Amd64, &release)?;
     let vmlinux = vmlinux_path(&lab, &release);
-    Ok(Fetched { bzimage, vmlinux, modules, busybox, release, i386 })
+    let passt = fetch_passt(&lab).inspect_err(|error| progress(format!("passt is left out: {error:#}"))).ok();
+    Ok(Fetched { bzimage, vmlinux, modules, busybox, release, i386, passt })
+}
+
+/// Makes sure that `passt` is there. Debian has it since its release 12.
+fn fetch_passt(lab: &Path) -> Result<PathBuf> {
+    let program = lab.join("passt/usr/bin/passt");
+    if !program.exists() {
+        unpack(Arch::Amd64, &lab.join("deb"), PASST, &lab.join("passt"))?;
+    }
+    Ok(program)
 }
 
 /// Makes sure that the kernel and the user space of one architecture are there, and answers the kernel's release.

@@ -136,6 +136,14 @@ impl Machine {
         }
     }
 
+    /// Path of `passt`, if it is there.
+    pub fn passt(&self) -> Option<String> {
+        match self {
+            Self::Host { guest, .. } => guest.passt.as_ref().map(|path| path.display().to_string()),
+            Self::Lab(lab) => lab.has_passt().then(|| lab::PASST.to_owned()),
+        }
+    }
+
     /// Path of a file of the guest.
     pub fn asset(&self, asset: Asset) -> String {
         match (self, asset) {

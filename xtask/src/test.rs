@@ -166,11 +166,16 @@ fn stream(command: &mut Command, parse: fn(&str, &mut Results)) -> Result<(Resul
     Ok((results, status.success()))
 }
 
+/// Whether an end-to-end test that cannot run is a failure.
+pub fn is_e2e_required() -> bool {
+    std::env::var_os(REQUIRE_E2E).is_some()
+}
+
 fn end_to_end(report: &mut Report, options: &Options, lab_options: &lab::Contents) {
     let names: Vec<_> =
         options.only.iter().filter(|name| !STAGES.contains(&name.as_str())).cloned().collect();
     let cases = e2e::named(&names);
-    let required = std::env::var_os(REQUIRE_E2E).is_some();
+    let required = is_e2e_required();
     let result =
         Start::prepare(lab_options).and_then(|start| e2e::run(&start, cases.clone(), options.e2e, report));
     match result {

@@ -72,6 +72,9 @@ pub struct Linux {
     pub disks: &'static [Disk],
     /// A shell script that is run in the case's directory before the start; it makes what `args` names.
     pub setup: &'static str,
+    /// A shell script that is run in the case's directory in the end, whether the case passed or not: it takes back what `setup`
+    /// did to the machine.
+    pub teardown: &'static str,
     /// More of the VMM's command line, separated by spaces. Files are in the case's directory.
     pub args: &'static str,
     /// A command that runs the VMM, as the shell takes it; empty for none.
@@ -92,6 +95,7 @@ impl Linux {
             console,
             disks: &[],
             setup: "",
+            teardown: "",
             args: "",
             within: "",
         }
@@ -122,11 +126,13 @@ pub struct Side<'a> {
 
 impl Side<'_> {
     /// Runs a shell script in the case's directory and returns its output; fails when it does. `$VMM` is the VMM, `$TOOL` this
-    /// program, `$KERNEL` and `$TOOLS` are what a guest with the devices' script boots from.
+    /// program, `$KERNEL` and `$TOOLS` are what a guest with the devices' script boots from, `$PASST` is `passt`.
     pub fn sh(&self, script: &str) -> Result<String> {
         let (vmm, tool) = (self.machine.vmm(), self.machine.tool());
         let (kernel, tools) = (self.machine.asset(Asset::BzImage), self.machine.asset(Asset::Tools));
-        let names = format!("export VMM='{vmm}' TOOL='{tool}' KERNEL='{kernel}' TOOLS='{tools}'");
+        let passt = self.machine.passt().unwrap_or_default();
+        let names =
+            format!("export VMM='{vmm}' TOOL='{tool}' KERNEL='{kernel}' TOOLS='{tools}' PASST='{passt}'");
         self.machine.sh(&format!("cd '{}'; {names}\n{script}", self.dir))
     }
 }
@@ -232,6 +238,11 @@ fn work(
 ) -> Result<()> {
     let mut machine = start.machine()?;
     while let Some(case) = next(queue) {
+        if let Some(reason) = lacking(&machine, &case) {
+            let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
+            report.skip(format!("e2e::{}", case.name), reason);
+            continue;
+        }
         let started = Instant::now();
         let mut result = run_case(&machine, &case, settings.kernel_log);
         if let Some(death) = machine.death() {
@@ -255,17 +266,33 @@ fn work(
     Ok(())
 }
 
+/// What a case needs and this system does not have, where that is no failure.
+fn lacking(machine: &Machine, case: &Case) -> Option<&'static str> {
+    let needed = matches!(case.job, Job::Linux(linux) if linux.setup.contains("$PASST"));
+    let lacks = needed && machine.passt().is_none() && !crate::test::is_e2e_required();
+    lacks.then_some("this system's packages have no passt")
+}
+
 fn next(queue: &Mutex<VecDeque<Case>>) -> Option<Case> {
     queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
 }
 
-/// Runs one case; the error is the reason of its failure.
+/// Runs one case, and leaves the machine as it was; the error is the reason of its failure.
 fn run_case(machine: &Machine, case: &Case, kernel_log: bool) -> Result<()> {
     let dir = machine.work_dir(case.name)?;
-    let argv = command_line(machine, case, kernel_log, &dir)?;
-    let mut console = Console::new(machine.spawn(&argv)?, CASE_LIMIT, false);
     let side = Side { machine, dir };
-    let ended = converse(&mut console, &side, case.dialogue);
+    let result = run_in(&side, case, kernel_log);
+    let cleaned = clean_up(&side, case);
+    match (result, cleaned) {
+        (Err(error), Err(other)) => Err(error.context(format!("{other:#}"))),
+        (result, cleaned) => result.and(cleaned),
+    }
+}
+
+fn run_in(side: &Side<'_>, case: &Case, kernel_log: bool) -> Result<()> {
+    let argv = command_line(side.machine, case, kernel_log, &side.dir)?;
+    let mut console = Console::new(side.machine.spawn(&argv)?, CASE_LIMIT, false);
+    let ended = converse(&mut console, side, case.dialogue);
     let log = repo::lab_dir()?.join("e2e").join(case.name).with_extension("log");
     fs::create_dir_all(log.parent().unwrap_or(&log))
         .with_context(|| format!("creating {}", log.display()))?;
@@ -273,7 +300,7 @@ fn run_case(machine: &Machine, case: &Case, kernel_log: bool) -> Result<()> {
     fs::write(&log, format!("{}\n{transcript}", argv.join(" ")))
         .with_context(|| format!("writing {}", log.display()))?;
 
-    let after = After { side, transcript };
+    let after = After { side: side.clone(), transcript };
     let result = ended.and_then(|status| {
         if status != case.status {
             bail!("the exit status is {status} instead of {}", case.status);
@@ -285,8 +312,25 @@ fn run_case(machine: &Machine, case: &Case, kernel_log: bool) -> Result<()> {
         let tail = lines.get(lines.len().saturating_sub(SHOWN_LINES)..).unwrap_or_default().join("\n    | ");
         println!("    | {tail}\n    (the whole console: {})", log.display());
     }
-    drop(machine.sh(&format!("rm -rf '{}'", after.side.dir)));
     result
+}
+
+/// Ends the programs that a case left in its directory, which are servers and other machines, and removes the directory.
+fn clean_up(side: &Side<'_>, case: &Case) -> Result<()> {
+    let Side { machine, dir } = side;
+    // Not in the directory: the script would end itself.
+    let ended = machine.sh(&format!(
+        "here=$(realpath '{dir}') && [ -n \"$here\" ] || exit 1
+         left() {{ for p in /proc/[0-9]*; do [ \"$(readlink $p/cwd)\" != \"$here\" ] || echo ${{p#/proc/}}; done 2>/dev/null; }}
+         tries=0; until [ -z \"$(left)\" ]; do kill -9 $(left) 2>/dev/null; tries=$((tries + 1)); [ $tries -lt 50 ] || exit 1; sleep 0.1; done"
+    ));
+    let torn_down = match case.job {
+        Job::Linux(Linux { teardown, .. }) if !teardown.is_empty() => side.sh(teardown).map(drop),
+        _ => Ok(()),
+    };
+    drop(machine.sh(&format!("rm -rf '{dir}'")));
+    ended.context("ending what the case left")?;
+    torn_down.context("taking back what the case did to the machine")
 }
 
 fn converse(

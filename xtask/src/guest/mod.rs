@@ -101,6 +101,8 @@ pub struct Guest {
     pub bzimage32: PathBuf,
     /// The initramfs of the 32-bit kernel, with the scripts of the devices' tests.
     pub tools32: PathBuf,
+    /// `passt`, for the machine beside the guest.
+    pub passt: Option<PathBuf>,
 }
 
 /// Makes the guest's files from what was fetched. `tool` is this program as a static binary.
@@ -115,6 +117,7 @@ pub fn build(fetched: &Fetched, tool: &Path) -> Result<Guest> {
         root_disk: dir.join("root.img"),
         bzimage32: fetched.i386.bzimage.clone(),
         tools32: dir.join("tools32.cpio"),
+        passt: fetched.passt.clone(),
     };
     repo::write_atomically(&guest.initramfs, &initramfs(fetched)?)?;
     repo::write_atomically(&guest.tools, &tools(fetched, tool)?)?;

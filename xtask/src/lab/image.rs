@@ -60,6 +60,8 @@ pub struct Image {
     pub kernel: PathBuf,
     /// The lab's initramfs.
     pub initramfs: PathBuf,
+    /// Whether [`super::PASST`] is in it.
+    pub passt: bool,
 }
 
 impl Image {
@@ -70,7 +72,7 @@ impl Image {
         let guest = guest::build(&fetched, &binaries.join("xtask"))?;
         let initramfs = repo::lab_dir()?.join("lab.cpio");
         repo::write_atomically(&initramfs, &archive(&fetched, &guest, contents, &binaries)?)?;
-        Ok(Self { kernel: fetched.bzimage, initramfs })
+        Ok(Self { kernel: fetched.bzimage, initramfs, passt: guest.passt.is_some() })
     }
 
     /// Boots the lab and waits until it answers.
@@ -113,6 +115,10 @@ fn archive(fetched: &Fetched, guest: &Guest, contents: &Contents, binaries: &Pat
     let vmm = contents.vmm.clone().unwrap_or_else(|| binaries.join("freestone"));
     archive.copy(super::VMM, 0o755, &vmm)?;
     libraries(&mut archive, &vmm, &mut shipped)?;
+    if let Some(passt) = &guest.passt {
+        archive.copy(super::PASST, 0o755, passt)?;
+        libraries(&mut archive, passt, &mut shipped)?;
+    }
     for tool in ["e2fsck", "debugfs", "script", "qemu-img"] {
         let path = repo::find_program(tool).with_context(|| format!("{tool} was not found"))?;
         ship(&mut archive, &path, &mut shipped)?;

@@ -43,6 +43,8 @@ pub const BZIMAGE32: &str = "/lab/bzImage32";
 pub const TOOLS32: &str = "/lab/tools32.cpio";
 /// Path of this program inside the lab.
 pub const TOOL: &str = "/bin/xtask";
+/// Path of `passt` inside the lab, where it is there.
+pub const PASST: &str = "/bin/passt";
 /// Path of the guest's root disk inside the lab.
 pub const ROOT_DISK: &str = "/lab/root.img";
 
@@ -61,6 +63,7 @@ pub struct Lab {
     events: Events,
     next_id: AtomicU32,
     log: PathBuf,
+    passt: bool,
     _socket: tempfile::TempDir,
 }
 
@@ -107,6 +110,7 @@ impl Lab {
             events,
             next_id: AtomicU32::new(1),
             log,
+            passt: image.passt,
             _socket: socket,
         };
         tell(&lab.port, &Message::Ready)?;
@@ -115,6 +119,11 @@ impl Lab {
         }
         progress(format!("the lab is up after {:.1} s", started.elapsed().as_secs_f64()));
         Ok(lab)
+    }
+
+    /// Whether [`PASST`] is in it.
+    pub fn has_passt(&self) -> bool {
+        self.passt
     }
 
     /// Starts a program in the lab.

@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -64,6 +65,24 @@ pub fn echo_tcp(to: SocketAddr, count: u32, bytes: u64) -> Result<()> {
     }
     println!("right tcp {count} connections of {bytes} bytes");
     Ok(())
+}
+
+/// One connection whose data comes back, and that stays open until a file is gone.
+pub fn hold(to: SocketAddr, bytes: u64, until_gone: &Path) -> Result<()> {
+    let stream = connect(to)?;
+    let mut output = stream.try_clone().context("duplicating a socket")?;
+    let writer = thread::spawn(move || {
+        std::io::copy(&mut Pattern::new(1).take(bytes), &mut output).context("sending")
+    });
+    let mut checker = Checker::new(1);
+    let received = checker.read_all(&mut (&stream).take(bytes));
+    writer.join().unwrap_or_else(|_| bail!("a thread panicked"))?;
+    received.with_context(|| format!("connection to {to}"))?;
+    println!("{}", checker.verdict(bytes));
+    while until_gone.exists() {
+        thread::sleep(Duration::from_millis(50));
+    }
+    if checker.is_right(bytes) { Ok(()) } else { bail!("the pattern is wrong") }
 }
 
 /// Datagrams that must come back.
@@ -136,23 +155,50 @@ fn probe_udp(to: SocketAddr) -> bool {
     (0..2).any(|_| socket.send(b"probe").is_ok() && matches!(socket.recv(&mut answer), Ok(5)))
 }
 
-/// Opens `connections` connections and keeps them.
-pub fn flood(to: SocketAddr, connections: u32) -> Result<()> {
-    raise_file_limit();
-    let mut open = Vec::new();
-    let (mut refused, mut failed) = (0, 0);
-    for _ in 0..connections {
-        match TcpStream::connect_timeout(&to, PROBE) {
-            Ok(stream) => open.push(stream),
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => refused += 1,
-            Err(_) => {
-                failed += 1;
-                if failed > 100 {
-                    break;
+/// Threads that open connections at the same time.
+const AT_ONCE: u32 = 16;
+
+/// What became of the connections of a flood.
+#[derive(Default)]
+struct Flood {
+    open: Vec<TcpStream>,
+    refused: u32,
+    failed: u32,
+}
+
+impl Flood {
+    fn open(to: SocketAddr, connections: u32) -> Self {
+        let mut flood = Self::default();
+        for _ in 0..connections {
+            match TcpStream::connect_timeout(&to, PATIENCE) {
+                Ok(stream) => flood.open.push(stream),
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => flood.refused += 1,
+                Err(_) => {
+                    flood.failed += 1;
+                    if flood.failed > 100 / AT_ONCE {
+                        break;
+                    }
                 }
             }
         }
+        flood
     }
+}
+
+/// Opens `connections` connections, many at a time, and keeps them.
+pub fn flood(to: SocketAddr, connections: u32) -> Result<()> {
+    raise_file_limit();
+    let share = |number| connections / AT_ONCE + u32::from(number < connections % AT_ONCE);
+    let threads: Vec<_> =
+        (0..AT_ONCE).map(share).map(|share| thread::spawn(move || Flood::open(to, share))).collect();
+    let mut all = Flood::default();
+    for thread in threads {
+        let Ok(one) = thread.join() else { bail!("a thread panicked") };
+        all.open.extend(one.open);
+        all.refused += one.refused;
+        all.failed += one.failed;
+    }
+    let Flood { mut open, refused, failed } = all;
     let mut alive = 0;
     let step = (open.len() / 50).max(1);
     for stream in open.iter_mut().step_by(step) {

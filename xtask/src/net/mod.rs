@@ -7,6 +7,7 @@ mod client;
 mod dns;
 mod frames;
 mod pattern;
+mod pcap;
 mod serve;
 
 use std::io::{Read, Write};
@@ -80,6 +81,17 @@ pub enum Program {
         #[arg(long, default_value_t = 1000)]
         bytes: u64,
     },
+    /// Have an echo server send back a pattern, and keep the connection open until a file is gone.
+    Hold {
+        /// The server.
+        to: SocketAddr,
+        /// How many bytes.
+        #[arg(long, default_value_t = 100_000)]
+        bytes: u64,
+        /// The file.
+        #[arg(long, value_name = "PATH")]
+        until_gone: PathBuf,
+    },
     /// Try to reach addresses by TCP and UDP, and print for each whether that worked.
     Probe {
         /// Addresses of echo servers.
@@ -105,6 +117,11 @@ pub enum Program {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// Read a recording, and say what its TCP segments were like.
+    Pcap {
+        /// A pcapng file.
+        file: PathBuf,
+    },
 }
 
 /// Runs a program; fails when something is not as it must be.
@@ -125,8 +142,10 @@ pub fn run(program: &Program) -> Result<()> {
         Program::Send { to, bytes, seed } => client::send(*to, *bytes, *seed),
         Program::Echo { protocol: Protocol::Tcp, to, count, bytes } => client::echo_tcp(*to, *count, *bytes),
         Program::Echo { protocol: Protocol::Udp, to, count, bytes } => client::echo_udp(*to, *count, *bytes),
+        Program::Hold { to, bytes, until_gone } => client::hold(*to, *bytes, until_gone),
         Program::Probe { to } => client::probe(to),
         Program::Flood { to, connections } => client::flood(*to, *connections),
         Program::Garbage { interface, frames, seed } => frames::run(interface, *frames, *seed),
+        Program::Pcap { file } => pcap::run(file),
     }
 }
