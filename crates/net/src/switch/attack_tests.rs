@@ -17,7 +17,7 @@ struct Attacker {
 
 impl Attacker {
     fn at(switch: &Switch, options: PortOptions, receive: Offloads) -> Self {
-        let port = switch.port(options).unwrap();
+        let mut port = switch.port(options).unwrap();
         let end = port.open_endpoints(&Setup { pairs: 1, receive }).unwrap().remove(0);
         Self { end, mem: GuestMem::anonymous(0x4_0000).unwrap(), receive, _port: port }
     }

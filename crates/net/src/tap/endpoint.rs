@@ -485,7 +485,7 @@ mod tests {
         let mem = GuestMem::anonymous(0x2_0000).unwrap();
         let view = mem.view();
         let slices = [view.get_slice(GuestAddress(0), MAX_FRAME).unwrap()];
-        let mut pass = |end: &mut TapEndpoint, len: usize| {
+        let pass = |end: &mut TapEndpoint, len: usize| {
             other.send(&packet(VnetHeader::default(), &vec![1; len])).unwrap();
             let frame = Frame::new(&slices).truncate(end.waiting().unwrap());
             if end.receive(frame) == Received::NeedsRoom(len) {
