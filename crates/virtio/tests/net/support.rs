@@ -252,9 +252,14 @@ pub fn config() -> NetConfig {
 
 impl Machine {
     pub fn new(port: TestPort, config: NetConfig) -> Self {
+        let wire = port.wire();
+        Self::plugged(port, wire, config)
+    }
+
+    /// With its card in any port; `wire` is only there for those of tests.
+    pub fn plugged(port: impl Port + 'static, wire: SharedWire, config: NetConfig) -> Self {
         let mem = GuestMem::anonymous(MEMORY).unwrap();
         let mut wiring = TestWiring::new(mem.clone());
-        let wire = port.wire();
         let net = Net::new(port, config).unwrap();
         let handle = net.handle();
         let plug = VirtioMmioPlug::new(net, "net");
