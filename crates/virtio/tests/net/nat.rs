@@ -1,5 +1,4 @@
 //! A driver that lies, in front of a user-mode NAT.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
