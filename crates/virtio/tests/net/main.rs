@@ -4,6 +4,7 @@
 mod commands;
 mod hostile;
 mod life;
+mod nat;
 mod random;
 mod support;
 mod traffic;
