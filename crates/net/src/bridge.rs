@@ -159,10 +159,7 @@ impl Flow {
                 }
                 continue;
             }
-            if from.waiting().is_none() {
-                return false;
-            }
-            // All room there is, whatever it needs: there is no more.
+            // All room there is, whatever it needs, so it need not be asked before: there is no more.
             match from.receive(Frame::new(&[room])) {
                 Received::Nothing => return false,
                 Received::Frame(len, header) => {

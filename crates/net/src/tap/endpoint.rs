@@ -44,6 +44,10 @@ pub(super) struct TapEndpoint {
     large: u8,
     /// It was not found empty since it was last found readable.
     readable: bool,
+    /// A source may have been ready since it was found empty.
+    unsure: bool,
+    /// A frame was moved since the last flush, so that the next flush says nothing of the sources.
+    moved: bool,
     /// Frames that did not fit into the room they were read to: here.
     spill: GuestMem,
     waiting: Option<(usize, VnetHeader)>,
@@ -75,7 +79,20 @@ impl TapEndpoint {
         let spill = GuestMem::anonymous(SPILL as u64)
             .map_err(|e| Error::io("get memory for the frames of a tap")(io::Error::other(e)))?;
         let writing = Arc::new(writing);
-        Ok(Self { fd, writing, vnet, receive, mtu, large: 0, readable: true, spill, waiting: None, stats })
+        Ok(Self {
+            fd,
+            writing,
+            vnet,
+            receive,
+            mtu,
+            large: 0,
+            readable: true,
+            unsure: false,
+            moved: false,
+            spill,
+            waiting: None,
+            stats,
+        })
     }
 
     /// Bytes that the next frame probably has at most: of one that has more, the rest goes by the spill.
@@ -264,6 +281,7 @@ impl Endpoint for TapEndpoint {
         for _ in 0..2 {
             match write_vectored(self.fd.as_fd(), prefix, frame.slices(), frame.range()) {
                 Ok(_) => {
+                    self.moved = true;
                     self.stats.sent(frame.len());
                     return Sent::Done;
                 }
@@ -283,12 +301,19 @@ impl Endpoint for TapEndpoint {
         Sent::Done
     }
 
+    fn flush(&mut self) {
+        // What came after it was found empty made a source ready, and the flush after that is one before which nothing was moved.
+        self.unsure |= !std::mem::take(&mut self.moved);
+    }
+
     fn waiting(&mut self) -> Option<usize> {
         self.check_waiting();
         if let Some((len, _)) = self.waiting {
             return Some(len);
         }
-        self.readable = self.readable || self.is(PollFlags::IN);
+        if !self.readable && std::mem::take(&mut self.unsure) {
+            self.readable = self.is(PollFlags::IN);
+        }
         self.readable.then(|| self.usual())
     }
 
@@ -301,6 +326,8 @@ impl Endpoint for TapEndpoint {
             match self.read(&room) {
                 Read::Fits(len, header) => {
                     self.learn(len);
+                    // There may be more, even if it was found empty before.
+                    (self.readable, self.moved) = (true, true);
                     self.stats.received(len);
                     return Received::Frame(len, header);
                 }
@@ -313,7 +340,7 @@ impl Endpoint for TapEndpoint {
                 Read::Empty => break,
             }
         }
-        self.readable = false;
+        (self.readable, self.unsure) = (false, false);
         Received::Nothing
     }
 

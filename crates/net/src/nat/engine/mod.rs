@@ -50,6 +50,8 @@ pub(super) struct Engine {
     armed: Option<Instant>,
     /// The time of this step; `None` between steps.
     now: Option<Instant>,
+    /// A frame was moved since the last flush, so that the next flush says nothing of the source.
+    moved: bool,
 }
 
 /// All parts at once.
@@ -92,6 +94,7 @@ impl Engine {
             timer,
             armed: None,
             now: None,
+            moved: false,
             config: Arc::clone(&config),
             stats,
             port,
@@ -136,7 +139,9 @@ impl Engine {
         self.now = None;
         let mut woken = false;
         let mut more = false;
-        for _ in 0..MAX_ROUNDS {
+        // What happens between two flushes makes the source ready, and the flush after that is one before which nothing was moved.
+        let rounds = if std::mem::take(&mut self.moved) { 0 } else { MAX_ROUNDS };
+        for _ in 0..rounds {
             more = self.events(&mut woken) == Poll::MAX_READY;
             if !more {
                 break;
@@ -235,6 +240,7 @@ impl Engine {
             }
         };
         if let Received::Frame(len, _) = received {
+            self.moved = true;
             self.port.received(len);
         }
         received

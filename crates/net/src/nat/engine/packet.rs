@@ -63,6 +63,7 @@ impl<'a> Packet<'a, '_, '_> {
 impl Engine {
     /// Takes a frame of the machine.
     pub(in crate::nat) fn transmit(&mut self, header: &VnetHeader, frame: Frame<'_, '_>) {
+        self.moved = true;
         self.port.sent(frame.len());
         let mut copy = [0; HEADERS];
         let n = frame.read_at(0, &mut copy);
