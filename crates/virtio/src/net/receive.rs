@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use freestone_memory::own_slice;
 use freestone_net::{Frame, Offloads, Received, VnetHeader};
 
 use super::filter::DECIDES;
@@ -15,6 +16,8 @@ use crate::queue::Chain;
 
 /// Most slices of room for one frame: vectored I/O takes 1024, of which one may be a header.
 const MAX_SLICES: usize = 1000;
+/// The largest frame that is taken from a port to be lost: more than any has.
+const MAX_LOST: usize = 128 << 10;
 /// A frame waits for more buffers so long, before the driver has had its chance.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -83,11 +86,20 @@ impl Turn<'_, '_, '_> {
 
     /// Drops what came for a driver that does not look: the network must not find out when it looks again.
     fn discard(&mut self, up: bool) {
+        let mut scratch = Vec::new();
         for _ in 0..BURST {
             if self.budget == 0 || self.io.endpoint.waiting().is_none() {
                 break;
             }
-            match self.io.endpoint.receive(Frame::new(&[])) {
+            // Taken and lost, as on a wire: what the port would do about a frame that never fits may be more than that.
+            let received = match self.io.endpoint.receive(Frame::new(&[own_slice(&mut scratch)])) {
+                Received::NeedsRoom(len) if len <= MAX_LOST => {
+                    scratch.resize(len, 0);
+                    self.io.endpoint.receive(Frame::new(&[own_slice(&mut scratch)]))
+                }
+                received => received,
+            };
+            match received {
                 Received::Nothing => break,
                 Received::NeedsRoom(_) => self.io.endpoint.drop_next(),
                 Received::Frame(..) => {}

@@ -268,6 +268,7 @@ fn nothing_goes_through_a_link_that_is_down_and_nothing_waits_for_it() {
     assert!(machine.sent().is_empty() && machine.frames().is_empty());
     let counts = machine.counts();
     assert_eq!((counts.tx_link_down, counts.rx_link_down), (1, 1));
+    assert_eq!(machine.wire().dropped, 0, "the port believes that it arrived");
     machine.send(&plain(frame(MAC, 60, 3)));
     machine.arrive(plain(frame(MAC, 60, 4)));
     assert_eq!((machine.sent().len(), machine.frames()), (1, vec![frame(MAC, 60, 4)]));
