@@ -17,6 +17,31 @@ const STYLES: Styles = Styles::styled()
     .literal(AnsiColor::Cyan.on_default().bold())
     .placeholder(AnsiColor::Cyan.on_default());
 
+/// What `--net` takes, at length: not a documentation comment, where brackets would be links.
+const NET_HELP: &str = "\
+Attach a network card. May be repeated: they are net0, net1, and so on. What it is plugged into comes first:
+
+user: the guest goes out by connections of this process, with DHCP and DNS and no privileges. \
+hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT leads a port of the host to the guest, guestfwd=tcp:ADDR:PORT-TARGET an \
+address in the guest's network to cmd:PROGRAM, unix:PATH or tcp:ADDR:PORT. allow= and deny=NETWORK[:PORTS][/tcp|udp] \
+decide in order what it may reach; internet-only=on is the Internet without the host and private networks; restrict=on \
+shuts it in. Addresses: net=10.0.2.0/24, host=, guest= (or dhcpstart=), dns=, ipv6-net=, ipv6-host=, ipv6-dns=, \
+ipv4=off, ipv6=off. Names: hostname=, domainname=, resolver=ADDR[:PORT]. Limits: max-tcp=N, max-udp=N.
+
+tap=NAME: an interface of the host, which is made if it is not there; up=on brings it up. tap,fd=N: a descriptor of \
+one.
+
+switch=NAME or switch=PATH: a switch that machines share. Options: vlan=N; trunk=N+N-N (vlan= is then that of frames \
+without a tag); isolated=on; pin=on; mirror=FILE records what passes the switch.
+
+stream=PATH or stream=tcp:ADDR:PORT: a socket with QEMU, passt or another machine at its other end. Options: \
+server=on; reconnect=SECONDS or off.
+
+none: no card.
+
+Options of every card: mac=52:54:00:00:00:01; mtu=N; queues=N; pcap=FILE records all frames; bandwidth=SIZE and iops=N \
+limit each way in a second, rx-bandwidth=, rx-iops=, tx-bandwidth=, tx-iops= one; link=off; thread=on or off; id=NAME.";
+
 /// The reference virtual machine monitor made of the Freestone crates.
 #[derive(Debug, Parser)]
 #[command(name = "freestone", version, styles = STYLES, max_term_width = 100, propagate_version = true)]
@@ -123,26 +148,8 @@ pub(crate) struct Run {
     #[arg(long = "disk", value_name = "FILE[,OPTION...]", value_parser = clap::value_parser!(DiskSpec))]
     pub(crate) disks: Vec<DiskSpec>,
 
-    /// Attach a network card. May be repeated: they are net0, net1, and so on. What it is plugged into comes first:
-    ///
-    /// user: the guest goes out by connections of this process, with DHCP and DNS and no privileges.
-    /// hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT leads a port of the host to the guest, guestfwd=tcp:ADDR:PORT-TARGET an address in
-    /// the guest's network to cmd:PROGRAM, unix:PATH or tcp:ADDR:PORT. allow= and deny=NETWORK[:PORTS][/tcp|udp] decide in order
-    /// what it may reach; internet-only=on is the Internet without the host and private networks; restrict=on shuts it in. Addresses:
-    /// net=10.0.2.0/24, host=, guest= (or dhcpstart=), dns=, ipv6-net=, ipv6-host=, ipv6-dns=, ipv4=off, ipv6=off. Names: hostname=, domainname=, resolver=ADDR[:PORT]. Limits: max-tcp=N, max-udp=N.
-    ///
-    /// tap=NAME: an interface of the host, which is made if it is not there; up=on brings it up. tap,fd=N: a descriptor of one.
-    ///
-    /// switch=NAME or switch=PATH: a switch that machines share. Options: vlan=N; trunk=N+N-N (vlan= is then that of frames without
-    /// a tag); isolated=on; pin=on; mirror=FILE records what passes the switch.
-    ///
-    /// stream=PATH or stream=tcp:ADDR:PORT: a socket with QEMU, passt or another machine at its other end. Options: server=on; reconnect=SECONDS or off.
-    ///
-    /// none: no card.
-    ///
-    /// Options of every card: mac=52:54:00:00:00:01; mtu=N; queues=N; pcap=FILE records all frames; bandwidth=SIZE and iops=N limit
-    /// each way in a second, rx-bandwidth=, rx-iops=, tx-bandwidth=, tx-iops= one; link=off; thread=on or off; id=NAME.
-    #[arg(long = "net", value_name = "KIND[,OPTION...]", value_parser = clap::value_parser!(NetSpec))]
+    /// Attach a network card. May be repeated: they are net0, net1, and so on.
+    #[arg(long = "net", long_help = NET_HELP, value_name = "KIND[,OPTION...]", value_parser = clap::value_parser!(NetSpec))]
     pub(crate) nets: Vec<NetSpec>,
 
     /// Attach an entropy source (/dev/hwrng). Options: bandwidth=SIZE and iops=N limit what the guest gets in a second.

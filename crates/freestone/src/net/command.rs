@@ -45,7 +45,7 @@ impl Net {
 
 #[derive(Debug, Clone, Subcommand)]
 pub(crate) enum What {
-    /// Show the network cards, what they are plugged into, and what went through [default].
+    /// Show the network cards, what they are plugged into, and what went through. This is the default.
     Show,
     /// Show the forwards of user networks, with the ports that the host chose.
     Forwards,

@@ -58,7 +58,7 @@ pub(crate) struct NetSpec {
     pub(crate) kind: Kind,
     /// Its name; nothing said: `net` and its number.
     pub(crate) id: Option<String>,
-    /// Its address; nothing said: see [`attach`](super::attach).
+    /// Its address; nothing said: see [`attach`](mod@super::attach).
     pub(crate) mac: Option<MacAddr>,
     /// The largest IP packet, which the driver is told.
     pub(crate) mtu: Option<u16>,
