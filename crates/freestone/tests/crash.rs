@@ -4,9 +4,10 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -54,13 +55,19 @@ impl Disk {
     /// were durable.
     fn live_and_die(&mut self, life: u64, time: Duration, more: &str) -> u64 {
         let mut child = self.start(life, more);
-        let mut output = child.stdout.take().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let (first_line, began) = mpsc::channel();
         let reader = thread::spawn(move || {
             let mut text = String::new();
+            output.read_line(&mut text).unwrap();
+            // Nobody listens where that took too long.
+            let _ = first_line.send(());
             output.read_to_string(&mut text).unwrap();
             text
         });
-        thread::sleep(Duration::from_millis(60) + time);
+        // However long a busy host takes to start it. What went wrong is said below.
+        let _ = began.recv_timeout(Duration::from_secs(20));
+        thread::sleep(time);
         child.kill().unwrap();
         child.wait().unwrap();
         let mut errors = String::new();

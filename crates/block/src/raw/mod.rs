@@ -14,6 +14,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use freestone_memory::MemorySlice;
 use freestone_memory::io::{read_vectored_at, write_vectored_at};
@@ -82,6 +83,10 @@ impl RawOptions {
         RawImage::open(path, self)
     }
 }
+
+/// How often, and after what pause each, a lock is asked for again.
+const LOCK_ATTEMPTS: usize = 40;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// A raw disk image.
 #[derive(Debug)]
@@ -407,8 +412,18 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     })
 }
 
+/// Locks the image. A lock of somebody else is waited for a moment: who was killed gives it back only when the kernel has ended what
+/// was left of its asynchronous I/O, which may be after it is gone.
 fn lock(path: &Path, file: &File, shared: bool) -> Result<()> {
-    let result = if shared { file.try_lock_shared() } else { file.try_lock() };
+    let attempt = || if shared { file.try_lock_shared() } else { file.try_lock() };
+    let mut result = attempt();
+    for _ in 0..LOCK_ATTEMPTS {
+        if !matches!(result, Err(TryLockError::WouldBlock)) {
+            break;
+        }
+        std::thread::sleep(LOCK_PAUSE);
+        result = attempt();
+    }
     result.map_err(|error| match error {
         TryLockError::WouldBlock => Error::Locked { path: path.to_owned() },
         TryLockError::Error(source) => Error::Io { path: path.to_owned(), op: "lock it", source },
