@@ -414,13 +414,14 @@ impl<R: Read> SectionReader<'_, R> {
         self.body_within(limit)
     }
 
-    pub(crate) fn body_within(&mut self, limit: u64) -> Result<Vec<u8>> {
+    /// What is left of the body, if `left` bytes of what may be held in memory are enough for it.
+    pub(crate) fn body_within(&mut self, left: u64) -> Result<Vec<u8>> {
         let mut body = Vec::new();
         while let Some(chunk) = self.chunk()? {
             body.extend_from_slice(chunk);
-            if u64::try_from(body.len()).is_ok_and(|length| length > limit) {
+            if u64::try_from(body.len()).is_ok_and(|length| length > left) {
                 let what = format!("what is held in memory, with section {:?},", self.name());
-                return Err(Error::Limit { what, limit });
+                return Err(Error::Limit { what, limit: self.reader.limits.in_memory });
             }
         }
         Ok(body)
