@@ -91,7 +91,7 @@ impl<W: Write> Writer<W> {
         self.frame(frame).map_err(io_error)?;
         self.names.insert(name);
         self.buffer.clear();
-        Ok(SectionWriter { writer: self, length: 0 })
+        Ok(SectionWriter { writer: self, length: 0, failed: false })
     }
 
     /// Writes the end, flushes and gives the stream back.
@@ -140,6 +140,8 @@ fn io_error(source: io::Error) -> Error {
 pub struct SectionWriter<'a, W> {
     writer: &'a mut Writer<W>,
     length: u64,
+    /// A piece was lost: the body is not whole any more, even if later pieces can be written.
+    failed: bool,
 }
 
 impl<W: Write> SectionWriter<'_, W> {
@@ -147,8 +149,11 @@ impl<W: Write> SectionWriter<'_, W> {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`].
+    /// [`Error::Io`]; [`Error::Broken`] if an earlier write failed.
     pub fn finish(mut self) -> Result<()> {
+        if self.failed {
+            return Err(Error::Broken { what: "writer" });
+        }
         self.write_out().map_err(io_error)?;
         let mut frame = format::DONE.to_vec();
         frame.extend(self.length.to_le_bytes());
@@ -157,11 +162,15 @@ impl<W: Write> SectionWriter<'_, W> {
         Ok(())
     }
 
+    fn piece(&mut self, piece: &[u8]) -> io::Result<()> {
+        self.writer.piece(piece).inspect_err(|_| self.failed = true)
+    }
+
     /// Writes what was gathered.
     fn write_out(&mut self) -> io::Result<()> {
         let buffer = std::mem::take(&mut self.writer.buffer);
         if !buffer.is_empty() {
-            self.writer.piece(&buffer)?;
+            self.piece(&buffer)?;
         }
         self.writer.buffer = buffer;
         self.writer.buffer.clear();
@@ -175,7 +184,7 @@ impl<W: Write> Write for SectionWriter<'_, W> {
         let data = data.get(..count).unwrap_or_default();
         if count == CHUNK {
             // A whole piece: it is written from where it is.
-            self.writer.piece(data)?;
+            self.piece(data)?;
         } else {
             self.writer.buffer.extend_from_slice(data);
             if self.writer.buffer.len() >= CHUNK {

@@ -192,6 +192,36 @@ fn a_section_that_was_not_finished_ends_the_writer() {
     assert!(matches!(writer.finish(), Err(Error::Broken { what: "writer" })));
 }
 
+/// A stream that fails once, after some bytes.
+struct FailsOnce(Option<usize>);
+
+impl Write for FailsOnce {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        self.0 = match self.0 {
+            Some(left) if left < data.len() => {
+                self.0 = None;
+                return Err(std::io::ErrorKind::StorageFull.into());
+            }
+            left => left.map(|left| left - data.len()),
+        };
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_body_that_lost_a_piece_is_never_finished() {
+    let mut writer = Writer::new(FailsOnce(Some(100_000)), &header()).unwrap();
+    let mut section = writer.section("memory", 1, false).unwrap();
+    section.write_all(&vec![0; 1 << 20]).unwrap_err();
+    section.write_all(&vec![0; 1 << 20]).unwrap();
+    assert!(matches!(section.finish(), Err(Error::Broken { .. })));
+    assert!(matches!(writer.finish(), Err(Error::Broken { .. })));
+}
+
 #[test]
 fn bytes_behind_a_state_and_states_of_another_kind_are_refused() {
     let mut sections = load(&one("note", 3, true, b"\x01ab"));
