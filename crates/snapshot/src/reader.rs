@@ -6,7 +6,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use crate::format::{self, Chain, take};
 use crate::{Error, Header, Result, Section, section};
 
-/// How much a snapshot may be and may cost. What is over a limit is refused when it is met, before it is read.
+/// How much a snapshot may be and may cost. What is over a limit is refused when it is met, after one piece of 1 MiB at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Sections in a snapshot. Each costs its name's memory. 1024 unless told.

@@ -140,21 +140,23 @@ fn a_full_device_is_an_error_of_a_stream() {
     assert!(is_full(&error), "{error:?}");
 }
 
-/// Runs one of the tests below in a process of its own, as a child, through `wrap`.
+/// Runs a test again as a child, in a process of its own, through `wrap`. There it plays the other part.
 fn child(test: &str, path: &Path, wrap: &[&str]) -> Command {
     let own = std::env::current_exe().unwrap();
     let mut words: Vec<PathBuf> = wrap.iter().map(PathBuf::from).collect();
     words.push(own);
     let mut command = Command::new(words.remove(0));
-    command.args(words).args(["--exact", test, "--ignored", "--nocapture"]).env(CHILD, path);
+    command.args(words).args(["--exact", test, "--nocapture"]).env(CHILD, path);
     command
 }
 
-#[test]
-#[ignore = "the child of killed_writers_leave_the_former_snapshot_and_are_swept"]
-fn child_writes_and_waits() {
-    let Some(path) = std::env::var_os(CHILD) else { return };
-    let mut file = SnapshotFile::create(PathBuf::from(path), &header()).unwrap();
+/// Where to write, in a child.
+fn child_path() -> Option<PathBuf> {
+    std::env::var_os(CHILD).map(PathBuf::from)
+}
+
+fn write_and_wait(path: &Path) {
+    let mut file = SnapshotFile::create(path, &header()).unwrap();
     let mut section = file.writer().section("memory", 1, false).unwrap();
     section.write_all(&vec![1; 1 << 20]).unwrap();
     section.flush().unwrap();
@@ -164,10 +166,16 @@ fn child_writes_and_waits() {
 
 #[test]
 fn killed_writers_leave_the_former_snapshot_and_are_swept() {
+    if let Some(path) = child_path() {
+        return write_and_wait(&path);
+    }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("vm");
     save(&path, "first").unwrap();
-    let mut writer = child("child_writes_and_waits", &path, &[]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut writer = child("killed_writers_leave_the_former_snapshot_and_are_swept", &path, &[])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let lines = BufReader::new(writer.stdout.take().unwrap()).lines();
     assert!(lines.map(Result::unwrap).any(|line| line == "written"));
     // While it lives, its file stays, whoever else writes.
@@ -187,17 +195,13 @@ fn is_full(error: &Error) -> bool {
     source.kind() == std::io::ErrorKind::StorageFull
 }
 
-#[test]
-#[ignore = "the child of a_full_disk_leaves_the_former_snapshot"]
-fn child_fills_its_disk() {
-    let Some(path) = std::env::var_os(CHILD) else { return };
-    let path = PathBuf::from(path);
-    save(&path, "first").unwrap();
+fn fill_the_disk(path: &Path) {
+    save(path, "first").unwrap();
     let fill = || {
-        let mut file = SnapshotFile::create(&path, &header())?;
+        let mut file = SnapshotFile::create(path, &header())?;
         let mut section = file.writer().section("memory", 1, false)?;
         let written = section.write_all(&vec![1; 4 << 20]);
-        written.map_err(|source| Error::File { op: "fill", path: path.clone(), source })?;
+        written.map_err(|source| Error::File { op: "fill", path: path.into(), source })?;
         section.finish()?;
         file.finish()
     };
@@ -205,25 +209,29 @@ fn child_fills_its_disk() {
     assert!(is_full(&error), "{error:?}");
     // What only the last flush writes does not fit either.
     fs::write(path.with_file_name("rest"), vec![0; 4 << 20]).unwrap_err();
-    let error = save(&path, "second").unwrap_err();
+    let error = save(path, "second").unwrap_err();
     assert!(is_full(&error), "{error:?}");
-    assert_eq!(text(&path), "first");
+    assert_eq!(text(path), "first");
     assert_eq!(names(path.parent().unwrap()), ["rest", "vm"]);
     println!("\nfull disk seen");
 }
 
 #[test]
 fn a_full_disk_leaves_the_former_snapshot() {
+    if let Some(path) = child_path() {
+        return fill_the_disk(&path);
+    }
     let folder = tempfile::tempdir().unwrap();
     let mount = "mount -t tmpfs -o size=1m none \"$(dirname \"$FREESTONE_SNAPSHOT_TEST_PATH\")\" && exec \"$0\" \"$@\"";
     let wrap = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"];
     let probe = Command::new(wrap[0]).args(&wrap[1..]).arg("mount -t tmpfs none /tmp").output();
     if !probe.is_ok_and(|output| output.status.success()) {
-        eprintln!("skipped: this host has no user namespaces with mounts");
+        println!("SKIP: no user namespaces with mounts here");
         return;
     }
     let wrap = [wrap.as_slice(), &[mount]].concat();
-    let output = child("child_fills_its_disk", &folder.path().join("vm"), &wrap).output().unwrap();
+    let output =
+        child("a_full_disk_leaves_the_former_snapshot", &folder.path().join("vm"), &wrap).output().unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && stdout.contains("full disk seen"), "{output:?}");
 }
