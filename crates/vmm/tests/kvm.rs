@@ -1,12 +1,15 @@
 //! Machines on the real /dev/kvm, with the freestanding guests. Skipped by name where there is none.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod common;
+
 use std::borrow::Cow;
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use common::{Console, kvm};
 use freestone_guest::paging::{HAS_GIB, PAGES, ROOT, UNMAPPED};
 use freestone_guest::{DONE_PORT, PARAMS};
 use freestone_vmm::block::{RawImage, RawOptions};
@@ -20,25 +23,6 @@ use freestone_vmm::memory::{Bytes, GuestAddress, GuestMem};
 use freestone_vmm::vcpu::{BootState, CpuidConfig, Dispatcher, Step, configure_boot, cpuid};
 use freestone_vmm::virtio::{VirtioMmioPlug, blk};
 use freestone_vmm::{ExitReason, Machine, MachineBuilder, Payload};
-
-/// /dev/kvm, or nothing after saying that `test` was skipped.
-fn kvm(test: &str) -> Option<Kvm> {
-    Kvm::open().inspect_err(|reason| freestone_testkit::skip(test, &reason.to_string())).ok()
-}
-
-/// What the guest printed.
-#[derive(Clone, Default)]
-struct Console(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Console {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(data);
-        Ok(data.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
 
 impl Console {
     fn text(&self) -> String {

@@ -1,13 +1,16 @@
 //! Machines with network cards on the real /dev/kvm, by the guest that uses one. Skipped by name where there is none.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod common;
+
 use std::borrow::Cow;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use common::{Console, kvm};
 use freestone_guest::net::{Report, bytes};
 use freestone_vmm::bus::ThreadSpawner;
 use freestone_vmm::devices::{I8042Plug, PciRootPlug, PowerPlug, SerialPlug};
@@ -23,23 +26,6 @@ use freestone_vmm::{ExitReason, Machine, MachineBuilder, Payload};
 const BYTES: usize = 4 << 20;
 /// Less than this many frames can only be large ones.
 const FEW: u64 = 1000;
-
-fn kvm(test: &str) -> Option<Kvm> {
-    Kvm::open().inspect_err(|reason| freestone_testkit::skip(test, &reason.to_string())).ok()
-}
-
-#[derive(Clone, Default)]
-struct Console(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Console {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(data);
-        Ok(data.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
 
 /// A card, and the thread that drives it, if not the machine's own.
 fn card(transport: Transport, port: impl Port + 'static, thread: Option<&Arc<ThreadSpawner>>) -> VirtioPlug {

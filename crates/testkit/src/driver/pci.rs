@@ -1,10 +1,13 @@
 //! A virtio device on PCI, from the driver's side (virtio 1.2, section 4.1; PCI 3.0, sections 6.2 and 6.8).
 
+mod config;
+
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use freestone_bus::pci::{PciAddress, PciFunction, PciSegment};
+use config::Config;
+use freestone_bus::pci::{PciAddress, PciSegment};
 use freestone_bus::{Access, AccessError, Bus, IoDevice, MsiMessage, Wiring};
 use freestone_memory::layout::{PCI_MMIO_END, PCI_MMIO_START};
 
@@ -101,83 +104,6 @@ pub type PciDriver = VirtioDriver<PciRegisters>;
 
 fn missing(what: &'static str) -> impl FnOnce() -> Error {
     move || Error::protocol(what, SECTION, "there is none")
-}
-
-/// The numbers that a function's configuration space has.
-struct Config(Arc<dyn PciFunction>);
-
-impl Config {
-    fn read(&self, offset: u16, width: usize) -> u32 {
-        let mut data = [0; 4];
-        if let Some(data) = data.get_mut(..width) {
-            self.0.read_config(offset, data);
-        }
-        u32::from_le_bytes(data)
-    }
-
-    fn write(&self, offset: u16, width: usize, value: u32) {
-        self.0.write_config(offset, value.to_le_bytes().get(..width).unwrap_or_default());
-    }
-
-    /// Offsets and IDs of the capabilities.
-    fn capabilities(&self) -> Result<Vec<(u16, u32)>> {
-        let mut found = Vec::new();
-        let mut at = self.read(0x34, 1);
-        while at != 0 {
-            if found.len() == MAX_CAPABILITIES || at < 0x40 || !at.is_multiple_of(4) {
-                return Err(Error::protocol("capability list", SECTION, format!("link to {at:#x}")));
-            }
-            let offset = u16::try_from(at).unwrap_or(0);
-            found.push((offset, self.read(offset, 1)));
-            at = self.read(offset + 1, 1);
-        }
-        Ok(found)
-    }
-
-    /// Address and length of a 32- or 64-bit memory BAR, by writing all ones to it with decoding off.
-    fn bar(&self, index: u8) -> Option<(u64, u64)> {
-        let register = 0x10 + 4 * u16::from(index);
-        let command = self.read(COMMAND, 2);
-        self.write(COMMAND, 2, command & !2);
-        let low = self.read(register, 4);
-        let wide = low & 0b110 == 0b100;
-        let high = if wide { self.read(register + 4, 4) } else { 0 };
-        self.write(register, 4, u32::MAX);
-        let mut mask = u64::from(self.read(register, 4) & !0xf) | 0xffff_ffff << 32;
-        self.write(register, 4, low);
-        if wide {
-            self.write(register + 4, 4, u32::MAX);
-            mask = mask & 0xffff_ffff | u64::from(self.read(register + 4, 4)) << 32;
-            self.write(register + 4, 4, high);
-        }
-        self.write(COMMAND, 2, command);
-        let len = (!mask).checked_add(1).filter(|_| mask & 0xffff_ffff != 0 || wide)?;
-        Some((u64::from(high) << 32 | u64::from(low & !0xf), len))
-    }
-
-    /// `struct virtio_pci_cap`: type and place.
-    fn virtio(&self, at: u16) -> (u32, PciPart) {
-        let part = PciPart {
-            bar: u8::try_from(self.read(at + 4, 1)).unwrap_or(u8::MAX),
-            offset: self.read(at + 8, 4).into(),
-            len: self.read(at + 12, 4).into(),
-        };
-        (self.read(at + 3, 1), part)
-    }
-
-    fn msix(&self, at: u16) -> (u16, u16, PciPart, PciPart) {
-        let vectors = (self.read(at + 2, 2) & 0x7ff) + 1;
-        let place = |register: u16, len: u32| {
-            let value = self.read(register, 4);
-            PciPart {
-                bar: u8::try_from(value & 7).unwrap_or(0),
-                offset: (value & !7).into(),
-                len: len.into(),
-            }
-        };
-        let table = place(at + 4, vectors * 16);
-        (at, u16::try_from(vectors).unwrap_or(0), table, place(at + 8, vectors.div_ceil(64) * 8))
-    }
 }
 
 impl PciRegisters {
