@@ -12,6 +12,7 @@ use freestone_bus::{
 };
 use freestone_memory::GuestMem;
 
+use freestone_snapshot::{Restoring, Saving};
 use crate::Result;
 use crate::device::VirtioDevice;
 use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
@@ -332,6 +333,14 @@ impl Lifecycle for MmioTransport {
 
     fn shutdown(&self) -> Result<()> {
         self.shutdown()
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
+    }
+
+    fn restore(&self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
     }
 
     fn unplug(&self) {

@@ -6,6 +6,7 @@ use freestone_bus::pci::{PciAddress, PciSegment};
 use freestone_bus::{Device, Plug, Wiring};
 
 use super::{PciTransport, PciWiring};
+use freestone_snapshot::{Restoring, Saving};
 use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
 use crate::stats::DeviceStats;
 use crate::{Result, VirtioDevice};
@@ -69,6 +70,14 @@ impl Lifecycle for Placed {
 
     fn shutdown(&self) -> Result<()> {
         self.transport.shutdown()
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
+    }
+
+    fn restore(&self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
     }
 
     fn unplug(&self) {
