@@ -1,6 +1,7 @@
 //! The error type of this crate.
 
 use std::io;
+use std::path::PathBuf;
 
 /// Why a machine could not be built, started or run.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,26 @@ pub enum Error {
         saved: String,
         /// In the machine that was built.
         built: String,
+    },
+    /// A difference needs the log of writes.
+    #[error("nothing logs what was written since an earlier snapshot, so only a full one can be made")]
+    NotTracked,
+    /// The files of a snapshot are not what was asked for.
+    #[error("{path:?}: {reason}")]
+    Stored {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A memory file cannot be used.
+    #[error("{path:?}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: freestone_memory::Error,
     },
     /// The snapshot.
     #[error(transparent)]

@@ -12,6 +12,7 @@ mod paused;
 mod payload;
 mod restore;
 mod saved;
+pub mod store;
 mod vcpus;
 
 pub use builder::MachineBuilder;

@@ -14,6 +14,7 @@ use crate::builder::MachineBuilder;
 use crate::exit::{ExitReason, Shared};
 use crate::inventory::Inventory;
 use crate::paused::Paused;
+use crate::store::Tracker;
 use crate::vcpus::Vcpus;
 use crate::{Error, Result};
 
@@ -71,8 +72,10 @@ pub struct Machine<H: Hypervisor> {
     event_loop: EventLoop,
     shared: Arc<Shared>,
     pub(crate) vm: H::Vm,
-    memory: GuestMem,
+    pub(crate) memory: GuestMem,
     state: State,
+    /// The log of writes, while differences are asked for.
+    pub(crate) tracker: Option<Tracker>,
     /// What the guest's clock is set to when a restored machine goes on.
     clock: Option<(ClockState, ClockPolicy)>,
 }
@@ -94,7 +97,18 @@ impl<H: Hypervisor> Machine<H> {
 
     pub(crate) fn assemble(parts: Parts<H>) -> Self {
         let Parts { vm, memory, board, inventory, event_loop, shared, vcpus } = parts;
-        Self { vcpus, inventory, board, event_loop, shared, vm, memory, state: State::Created, clock: None }
+        Self {
+            vcpus,
+            inventory,
+            board,
+            event_loop,
+            shared,
+            vm,
+            memory,
+            state: State::Created,
+            tracker: None,
+            clock: None,
+        }
     }
 
     /// The machine as one that was saved and is to go on.
@@ -256,6 +270,11 @@ impl<H: Hypervisor> Machine<H> {
     /// The devices.
     pub fn inventory(&self) -> &Inventory {
         &self.inventory
+    }
+
+    /// Whether writes are logged for differences: see [`Paused::track`].
+    pub fn is_tracked(&self) -> bool {
+        self.tracker.is_some()
     }
 
     /// The clock of a restored machine that did not go on yet.

@@ -45,16 +45,12 @@ impl<'m, H: Hypervisor> Paused<'m, H> {
         self.0.memory()
     }
 
-    /// Begins or ends the hypervisor's log of the pages that the guest writes to. What was logged before is forgotten.
-    ///
-    /// # Errors
-    /// [`Error::NotSaved`] if the hypervisor keeps no log, or as it fails.
-    pub fn log_writes(&mut self, on: bool) -> Result<()> {
-        let log = self.0.vm().dirty_log().ok_or(Error::NotSaved)?;
-        for (slot, ..) in log.slots() {
-            log.set_logging(slot, on)?;
-        }
-        Ok(())
+    pub(crate) fn machine(&mut self) -> &mut Machine<H> {
+        self.0
+    }
+
+    pub(crate) fn machine_ref(&self) -> &Machine<H> {
+        self.0
     }
 
     /// The machine, to let it go on.
