@@ -121,9 +121,12 @@ impl ChunkSource for Machine {
 
     fn add(&self, gpa: u64, len: u64) -> io::Result<DeviceMemory> {
         // As shareable as the guest's other memory. Huge pages would have to be reserved here, and could run out.
-        let backing =
-            if self.mem.backing() == Backing::Anonymous { Backing::Anonymous } else { Backing::Memfd };
-        let region = RegionBuilder::new(gpa, len).backing(backing).build().map_err(io::Error::other)?;
+        let backing = match self.mem.backing() {
+            Backing::Anonymous | Backing::Image => Backing::Anonymous,
+            _ => Backing::Memfd,
+        };
+        let builder = RegionBuilder::new(gpa, len).backing(backing).dirty_log(self.mem.logs_dirty());
+        let region = builder.build().map_err(io::Error::other)?;
         DeviceMemory::insert(&self.mem, &*self.slots, region, false)
     }
 
