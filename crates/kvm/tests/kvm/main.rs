@@ -14,5 +14,6 @@ mod kicks;
 mod memory;
 mod messages;
 mod processors;
+mod save;
 mod slots;
 mod state;
