@@ -97,7 +97,7 @@ impl Balloon {
             poison: shared.poison.load(Ordering::Acquire),
             hint_run,
             last_hint_id,
-            statistics: lock(&shared.statistics).as_ref().map(BalloonStatistics::to_array),
+            statistics: lock(&shared.statistics).map(BalloonStatistics::to_array),
             statistics_requested: shared.clock.is_requested(),
         };
         state.put(&saved).map_err(BusError::state("save"))

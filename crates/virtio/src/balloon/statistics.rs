@@ -64,7 +64,7 @@ impl BalloonStatistics {
     }
 
     /// All values, by their tags.
-    pub(super) fn to_array(&self) -> [Option<u64>; 10] {
+    pub(super) fn to_array(self) -> [Option<u64>; 10] {
         [
             self.swap_in,
             self.swap_out,
