@@ -9,7 +9,8 @@ use std::convert::Infallible;
 use freestone_bus::{Device, GuestEvent, Notifier, Plug, Result, Wiring};
 use vm_superio::{I8042Device, Trigger};
 
-use crate::isa::{self, BytePorts, byte_device};
+use crate::isa::{self, BytePorts, Saved, byte_device};
+use crate::state::I8042State;
 
 /// First port of the controller; it claims five (data at +0, system control port B at +1, command and status at +4).
 pub const I8042_PORT: u16 = 0x60;
@@ -80,6 +81,19 @@ impl BytePorts for I8042 {
 }
 
 byte_device!(I8042);
+
+impl Saved for I8042 {
+    type State = I8042State;
+
+    fn state(&self) -> I8042State {
+        I8042State { control_b: self.control_b }
+    }
+
+    fn set_state(&mut self, state: &I8042State) -> crate::Result<()> {
+        self.control_b = state.control_b;
+        Ok(())
+    }
+}
 
 /// Plugs an [`I8042`] in at [`I8042_PORT`].
 #[derive(Debug, Default)]

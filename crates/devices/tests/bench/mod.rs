@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
+use freestone_bus::pci::PciSegment;
 use freestone_bus::{
     Bus, Description, Device, Doorbells, Error, FixedHardware, GuestEvent, IoDevice, Irq, ManualSpawner,
     Notifier, Plug, Result, Spawn, Wiring,
@@ -15,6 +16,7 @@ const LINES: u32 = 24;
 
 pub struct Bench {
     pub pio: Bus,
+    pub mmio: Bus,
     pub manual: ManualSpawner,
     pub spawner: Arc<dyn Spawn>,
     pub events: Arc<Mutex<Vec<GuestEvent>>>,
@@ -29,6 +31,7 @@ impl Bench {
         let manual = ManualSpawner::new();
         Self {
             pio: Bus::new(),
+            mmio: Bus::new(),
             spawner: Arc::new(manual.clone()),
             manual,
             events: Arc::default(),
@@ -74,8 +77,12 @@ impl Wiring for Bench {
         Err(Error::Exhausted { what: "device memory", device: "any".into() })
     }
 
-    fn mmio(&mut self, base: u64, len: u64, _device: Arc<dyn IoDevice>) -> Result<()> {
-        Err(Error::BadRange { base, len })
+    fn mmio(&mut self, base: u64, len: u64, device: Arc<dyn IoDevice>) -> Result<()> {
+        self.mmio.insert(base, len, device)
+    }
+
+    fn provide_pci(&mut self, _segment: Arc<PciSegment>) -> Result<()> {
+        Ok(())
     }
 
     fn irq(&mut self, gsi: Option<u32>) -> Result<(u32, Irq)> {
@@ -93,7 +100,7 @@ impl Wiring for Bench {
     }
 
     fn mmio_bus(&self) -> Bus {
-        Bus::new()
+        self.mmio.clone()
     }
 
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
