@@ -73,7 +73,8 @@ impl Remap {
         let first_disk = usize::from(run.kernel.is_none());
         let disks = ('a'..='z').skip(first_disk).map(|letter| format!("vd{letter}"));
         replace("disk", &mut run.disks, disks, &self.disks)?;
-        let nets: Vec<_> = (0..).zip(&run.nets).map(|(n, net)| net.id.clone().unwrap_or(format!("net{n}"))).collect();
+        let nets: Vec<_> =
+            (0..).zip(&run.nets).map(|(n, net)| net.id.clone().unwrap_or(format!("net{n}"))).collect();
         replace("network card", &mut run.nets, nets.into_iter(), &self.nets)?;
         replace("persistent memory", &mut run.pmems, (0..).map(|n| format!("pmem{n}")), &self.pmems)?;
         if let Some(vsock) = &self.vsock {
@@ -104,7 +105,9 @@ fn replace<T: Clone>(
             None => {
                 let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
                 let name = &other.name;
-                return Err(Failure::usage(format!("the snapshot's machine has no {what} {name:?}; it has: {there}")));
+                return Err(Failure::usage(format!(
+                    "the snapshot's machine has no {what} {name:?}; it has: {there}"
+                )));
             }
         }
     }

@@ -185,7 +185,11 @@ fn memory(args: &Run) -> Result<GuestMem, Failure> {
         MemoryBacking::Huge2m => Backing::HugePages(HugePageSize::Size2M),
         MemoryBacking::Huge1g => Backing::HugePages(HugePageSize::Size1G),
     };
-    Ok(GuestMemBuilder::new(args.memory).backing(backing).prefault(args.prefault).dirty_log(args.track_dirty).build()?)
+    Ok(GuestMemBuilder::new(args.memory)
+        .backing(backing)
+        .prefault(args.prefault)
+        .dirty_log(args.track_dirty)
+        .build()?)
 }
 
 fn payload(args: &Run) -> Result<Payload, Failure> {
