@@ -56,6 +56,21 @@ pub enum Error {
     /// A difference needs the log of writes.
     #[error("nothing logs what was written since an earlier snapshot, so only a full one can be made")]
     NotTracked,
+    /// A migration failed by what one side did.
+    #[error("the migration failed: {reason}")]
+    Migration {
+        /// What happened.
+        reason: String,
+    },
+    /// A migration failed at the one moment at which this side cannot know whether the other has the machine.
+    #[error(
+        "the target was told to go on and did not answer: find out whether it runs there before it is resumed here"
+    )]
+    Undecided {
+        /// What happened.
+        #[source]
+        source: Box<Error>,
+    },
     /// The files of a snapshot are not what was asked for.
     #[error("{path:?}: {reason}")]
     Stored {

@@ -8,6 +8,7 @@ mod exit;
 mod firmware;
 mod inventory;
 mod machine;
+pub mod migrate;
 mod paused;
 mod payload;
 mod restore;

@@ -35,6 +35,11 @@ impl MemorySection {
         Self { id, base, file: None, ranges, extents: vec![(0, layout.size())], checksums: None }
     }
 
+    /// All memory of this layout.
+    pub(crate) fn of(id: Id, layout: &ImageLayout) -> Self {
+        Self::new(id, None, layout)
+    }
+
     /// The snapshot.
     pub fn id(&self) -> Id {
         self.id

@@ -16,6 +16,7 @@ mod write;
 pub use id::Id;
 pub use memory::MemorySection;
 pub use read::Stored;
+pub(crate) use read::fill;
 pub use template::Template;
 pub(crate) use track::Tracker;
 pub use write::{Kind, StoreOptions, StorePaths, StoreReport};

@@ -165,7 +165,7 @@ pub(super) fn map(file: &Arc<File>, ram: Vec<RamRange>, log: bool) -> Result<Gue
 }
 
 /// Reads what of an image is behind the RAM.
-pub(super) fn fill(
+pub(crate) fn fill(
     file: &File,
     layout: &ImageLayout,
     machine: &MachineSection,

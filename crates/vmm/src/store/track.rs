@@ -73,6 +73,12 @@ impl Tracker {
         self.pending.iter().map(pages).collect()
     }
 
+    /// Takes what was collected.
+    pub(crate) fn take_pages(&mut self) -> Vec<DirtyPages> {
+        let pending = std::mem::take(&mut self.pending);
+        pending.into_iter().map(|(gpa, bitmap)| DirtyPages::new(GuestAddress(gpa), bitmap)).collect()
+    }
+
     /// All that was collected is in snapshot `id`.
     pub(crate) fn saved(&mut self, id: Id) {
         self.pending.clear();
