@@ -205,6 +205,8 @@ impl PageServer {
     fn read_events(&mut self) -> Result<()> {
         let mut bytes = [0u8; EVENTS * EVENT_LEN];
         let got = match rustix::io::read(&self.uffd, &mut bytes) {
+            // Something else than it was said to be.
+            Ok(0) => return Err(failed("read page faults")(io::ErrorKind::UnexpectedEof.into())),
             Ok(got) => got,
             Err(Errno::AGAIN | Errno::INTR) => 0,
             Err(errno) => return Err(failed("read page faults")(errno.into())),
