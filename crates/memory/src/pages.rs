@@ -17,6 +17,10 @@ use crate::guest_mem::Region;
 use crate::layout::{PAGE_SIZE, RamRange};
 use crate::{Error, GuestMem, Result};
 
+/// The size of a page, for arrays.
+pub(crate) const PAGE: usize = 4096;
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
+
 /// Bytes of something: offsets in a region, in a file, or host addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span {

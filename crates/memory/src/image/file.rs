@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use super::sums::{of_zeros, zeros};
 use super::{CHUNK, Extents, ImageLayout, Progress, failed};
 use crate::layout::PAGE_SIZE;
-use crate::pages::{Span, data};
+use crate::pages::{PAGE, Span, data};
 use crate::{Error, Result};
 
 /// Bytes that are copied before the caller hears of it.
@@ -168,7 +168,7 @@ fn erase(file: &File, part: Span) -> Result<()> {
     if rustix::fs::fallocate(file, flags, part.start, part.end - part.start).is_ok() {
         return Ok(());
     }
-    let zeros = [0; PAGE_SIZE as usize];
+    let zeros = [0; PAGE];
     let mut at = part.start;
     while at < part.end {
         file.write_all_at(&zeros, at).map_err(failed("write", at))?;

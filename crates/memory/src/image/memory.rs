@@ -12,7 +12,7 @@ use super::file::data_or_all;
 use super::{Extent, Extents, ImageLayout, ImageStats, Progress, failed, write_full};
 use crate::backing::memory_file;
 use crate::layout::{PAGE_SIZE, RamRange};
-use crate::pages::Span;
+use crate::pages::{PAGE, Span};
 use crate::{Error, GuestMem, Result};
 
 /// Most that is read by one system call.
@@ -94,7 +94,7 @@ fn read(mem: &GuestMem, layout: &ImageLayout, file: &File, part: Span) -> Result
 
 /// Makes the memory of a part of an image read as zeros.
 fn zero(mem: &GuestMem, layout: &ImageLayout, part: Span) -> Result<()> {
-    let zeros = [0u8; PAGE_SIZE as usize];
+    let zeros = [0u8; PAGE];
     for piece in pieces(layout, part) {
         if piece.len >= MIN_HOLE && mem.discard(piece.start, piece.len)? == piece.len {
             continue;

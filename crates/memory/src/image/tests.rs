@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, reason = "lengths in tests are small")]
+
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 

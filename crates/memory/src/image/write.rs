@@ -11,7 +11,7 @@ use super::sums::Sums;
 use super::{Extents, ImageLayout, Progress, failed};
 use crate::guest_mem::MemorySlice;
 use crate::layout::PAGE_SIZE;
-use crate::pages::{Span, touched};
+use crate::pages::{PAGE, Span, touched};
 use crate::{DirtyPages, Error, GuestMem, Result};
 
 /// Pages that are looked at before they are written, and so the most that one system call writes.
@@ -183,7 +183,7 @@ impl<'a> Writer<'a> {
     }
 
     fn batch(&mut self, slice: &MemorySlice<'_>, offset: u64) -> Result<()> {
-        let mut page = [0; PAGE_SIZE as usize];
+        let mut page = [0; PAGE];
         let mut run = 0..0;
         for at in (0..slice.len()).step_by(page.len()) {
             let bytes = slice.subslice(at, page.len()).map_err(|error| out_of_range(offset, error))?;
@@ -199,12 +199,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Whether a page is all zeros; counts its checksum.
-    fn is_zero(
-        &mut self,
-        bytes: &MemorySlice<'_>,
-        page: &mut [u8; PAGE_SIZE as usize],
-        offset: u64,
-    ) -> Result<bool> {
+    fn is_zero(&mut self, bytes: &MemorySlice<'_>, page: &mut [u8; PAGE], offset: u64) -> Result<bool> {
         // Most pages that hold something show it at once.
         const HEAD: usize = 64;
         if self.sums.is_none() {
@@ -219,7 +214,7 @@ impl<'a> Writer<'a> {
         if let Some(sums) = &mut self.sums {
             sums.page(offset, page);
         }
-        Ok(*page == [0; PAGE_SIZE as usize])
+        Ok(*page == [0; PAGE])
     }
 
     /// Writes neighbouring pages.

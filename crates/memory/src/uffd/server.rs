@@ -15,7 +15,7 @@ use super::abi::{self, EVENT_LEN, Event};
 use super::{Uffd, UffdRegion, failed, receive_handshake};
 use crate::image::{Extent, ImageLayout};
 use crate::layout::PAGE_SIZE;
-use crate::pages::{Span, push};
+use crate::pages::{PAGE, Span, push};
 use crate::{Error, Result};
 
 /// Most regions a monitor may name.
@@ -24,8 +24,6 @@ const MAX_REGIONS: usize = 1 << 10;
 const STEP: u64 = 256 << 10;
 /// Events read by one system call.
 const EVENTS: usize = 64;
-
-const PAGE: usize = PAGE_SIZE as usize;
 
 /// What a [`PageServer`] has done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
