@@ -241,6 +241,21 @@ impl Prefetch {
 }
 
 impl GuestMem {
+    /// All pages that may hold something else than zeros, found without touching any: what a first copy of the memory has to
+    /// move. Sorted by address, neighbours joined. Where the kernel does not say, and for memory that a page server is still
+    /// filling, all of it counts.
+    pub fn touched(&self) -> Vec<RamRange> {
+        let view = self.view();
+        let ranges = view.iter().flat_map(|region| {
+            let (start, whole) = (region.start_addr().0, Span { start: 0, end: region.len() });
+            let spans = if self.is_served() { vec![whole] } else { touched(region, whole) };
+            spans
+                .into_iter()
+                .map(move |span| RamRange { start: start + span.start, len: span.end - span.start })
+        });
+        ranges.collect()
+    }
+
     /// The pages that this process has mapped at this moment, which is what the guest and the devices have used since the
     /// memory was made: its working set. Sorted by address, neighbours joined.
     ///

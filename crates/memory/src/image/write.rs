@@ -8,7 +8,7 @@ use vm_memory::{GuestMemoryRegion, MemoryRegionAddress};
 
 use super::layout::Segment;
 use super::sums::Sums;
-use super::{Extents, ImageLayout, Progress, failed};
+use super::{Extents, ImageLayout, Progress, failed, same};
 use crate::guest_mem::MemorySlice;
 use crate::layout::PAGE_SIZE;
 use crate::pages::{PAGE, Span, touched};
@@ -49,6 +49,7 @@ impl ImageStats {
 ///
 /// # Errors
 /// - [`Error::ImageMemory`]: the layout names memory that is not there.
+/// - [`Error::ImageRefused`]: the memory is mapped from `file`.
 /// - [`Error::Image`]: the file cannot be written, for one when the disk is full.
 pub fn write_full(
     mem: &GuestMem,
@@ -102,6 +103,13 @@ impl<'a> Writer<'a> {
         sums: Option<Sums>,
         progress: Progress<'a>,
     ) -> Result<Self> {
+        // Emptied under a mapping, it would end this process.
+        for segment in layout.segments(&mem.view())? {
+            let mapped = GuestMemoryRegion::file_offset(segment.region);
+            if mapped.is_some_and(|mapped| same(mapped.file(), file).unwrap_or(false)) {
+                return Err(Error::ImageRefused { reason: "the memory is mapped from this very file" });
+            }
+        }
         // Shorter first: whatever it held reads as zeros afterwards.
         file.set_len(0).map_err(failed("empty", 0))?;
         file.set_len(layout.size()).map_err(failed("extend", layout.size()))?;
