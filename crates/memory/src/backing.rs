@@ -134,6 +134,13 @@ impl Mapper {
         Ok(Self { backing: Backing::Image, file: Some((file, 0)), size })
     }
 
+    /// The next range is at `offset` in the file.
+    pub(crate) fn seek(&mut self, offset: u64) {
+        if let Some((_, mapped)) = &mut self.file {
+            *mapped = offset;
+        }
+    }
+
     /// Maps the next range. Costs no memory until it is touched, except that huge pages are reserved.
     pub(crate) fn map(
         &mut self,
@@ -202,6 +209,10 @@ pub(crate) fn memory_file(flags: MemfdFlags, size: u64) -> rustix::io::Result<Fi
     Ok(File::from(fd))
 }
 
+fn is_private(region: &Region) -> bool {
+    region.flags() & libc::MAP_PRIVATE != 0
+}
+
 /// Makes every page of `region` present, so that no page fault happens later. For regions nothing has been written to.
 pub(crate) fn prefault(region: &Region) -> Result<()> {
     let populated = loop {
@@ -215,7 +226,8 @@ pub(crate) fn prefault(region: &Region) -> Result<()> {
         }
     };
     match populated {
-        // Kernels before 5.14 do not know the advice.
+        // Kernels before 5.14 do not know the advice. What an image holds must not be written over.
+        Err(Errno::INVAL) if GuestMemoryRegion::file_offset(region).is_some() && is_private(region) => Ok(()),
         Err(Errno::INVAL) => touch(region),
         other => other.map_err(|errno| Error::Prefault {
             gpa: region.start_addr().0,

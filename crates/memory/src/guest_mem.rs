@@ -13,6 +13,7 @@ use vm_memory::{
 use crate::backing::{self, Mapper};
 use crate::dirty::{DirtyLog, DirtyPages, dirty_bitmap, new_bitmap};
 use crate::holes::Holes;
+use crate::image::ImageLayout;
 use crate::layout::{self, MAX_PHYS_BITS, RamRange};
 use crate::{Backing, Error, Result, discard};
 
@@ -182,6 +183,7 @@ pub struct GuestMemBuilder {
     ranges: Vec<RamRange>,
     backing: Backing,
     image: Option<Arc<File>>,
+    image_layout: Option<ImageLayout>,
     prefault: bool,
     dirty_log: bool,
 }
@@ -194,7 +196,14 @@ impl GuestMemBuilder {
 
     /// Exactly these ranges: sorted, page-aligned (for huge pages: aligned to one of them), not overlapping.
     pub fn with_ranges(ranges: Vec<RamRange>) -> Self {
-        Self { ranges, backing: Backing::default(), image: None, prefault: false, dirty_log: false }
+        Self {
+            ranges,
+            backing: Backing::default(),
+            image: None,
+            image_layout: None,
+            prefault: false,
+            dirty_log: false,
+        }
     }
 
     /// Chooses the host memory behind the guest's.
@@ -215,6 +224,16 @@ impl GuestMemBuilder {
     pub fn image(mut self, file: Arc<File>) -> Self {
         self.backing = Backing::Image;
         self.image = Some(file);
+        self
+    }
+
+    /// The image that is mapped has this layout: each range is looked up in it. Without one, the image has just this memory.
+    ///
+    /// It is for images of more than the boot RAM. The rest of such an image is mapped by
+    /// [`RegionBuilder::file`](crate::RegionBuilder::file), privately and at its [offset](ImageLayout::offset_of), and inserted.
+    #[must_use]
+    pub fn image_layout(mut self, layout: ImageLayout) -> Self {
+        self.image_layout = Some(layout);
         self
     }
 
@@ -240,16 +259,23 @@ impl GuestMemBuilder {
     /// - [`Error::Map`], [`Error::File`]: the operating system refused.
     /// - [`Error::HugePages`]: the host's pool of huge pages is too small.
     /// - [`Error::Prefault`]: the pages could not be made present.
-    /// - [`Error::ImageSize`]: the image is shorter than the memory; [`Error::Image`]: its length is not known.
+    /// - [`Error::ImageSize`]: the image is shorter than the memory; [`Error::Image`]: its length is not known;
+    ///   [`Error::ImageMemory`]: its layout does not have the memory.
     pub fn build(self) -> Result<GuestMem> {
         let size = self.check()?;
-        let mut mapper = match (self.backing, self.image) {
-            (Backing::Image, Some(file)) => Mapper::with_image(file, size)?,
+        let image_layout = self.image_layout.as_ref().filter(|_| self.backing == Backing::Image);
+        let mut mapper = match (self.backing, &self.image) {
+            (Backing::Image, Some(file)) => {
+                Mapper::with_image(Arc::clone(file), image_layout.map_or(size, ImageLayout::size))?
+            }
             (backing, _) => Mapper::new(backing, size)?,
         };
         let mut regions = Vec::with_capacity(self.ranges.len());
         for range in &self.ranges {
             let bitmap = if self.dirty_log { new_bitmap(range.len) } else { None };
+            if let Some(layout) = image_layout {
+                mapper.seek(place(layout, range)?);
+            }
             let mapping = mapper.map(*range, bitmap)?;
             let region = Region::new(mapping, GuestAddress(range.start))
                 .ok_or(Error::Size { size: range.len, reason: "it wraps the address space" })?;
@@ -303,6 +329,19 @@ impl GuestMemBuilder {
         }
         Ok(size)
     }
+}
+
+/// Where a range begins in an image that must have it in one piece.
+fn place(layout: &ImageLayout, range: &RamRange) -> Result<u64> {
+    let missing = Error::ImageMemory {
+        gpa: range.start,
+        len: range.len,
+        reason: "has no place in the image, or not one",
+    };
+    let Some(offset) = layout.offset_of(range.start) else { return Err(missing) };
+    // Ranges of a layout that follow each other in memory do so in the image.
+    let end = range.end().and_then(|end| layout.offset_of(end.checked_sub(1)?));
+    if end == (offset + range.len).checked_sub(1) { Ok(offset) } else { Err(missing) }
 }
 
 impl GuestAddressSpace for GuestMem {

@@ -17,6 +17,10 @@ use crate::guest_mem::Region;
 use crate::layout::{PAGE_SIZE, RamRange};
 use crate::{Error, GuestMem, Result};
 
+/// The size of a page, for arrays.
+pub(crate) const PAGE: usize = 4096;
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
+
 /// Bytes of something: offsets in a region, in a file, or host addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span {
@@ -237,6 +241,21 @@ impl Prefetch {
 }
 
 impl GuestMem {
+    /// All pages that may hold something else than zeros, found without touching any: what a first copy of the memory has to
+    /// move. Sorted by address, neighbours joined. Where the kernel does not say, and for memory that a page server is still
+    /// filling, all of it counts.
+    pub fn touched(&self) -> Vec<RamRange> {
+        let view = self.view();
+        let ranges = view.iter().flat_map(|region| {
+            let (start, whole) = (region.start_addr().0, Span { start: 0, end: region.len() });
+            let spans = if self.is_served() { vec![whole] } else { touched(region, whole) };
+            spans
+                .into_iter()
+                .map(move |span| RamRange { start: start + span.start, len: span.end - span.start })
+        });
+        ranges.collect()
+    }
+
     /// The pages that this process has mapped at this moment, which is what the guest and the devices have used since the
     /// memory was made: its working set. Sorted by address, neighbours joined.
     ///
@@ -325,8 +344,53 @@ fn advise(region: &Region, span: Span, advice: Advice) -> rustix::io::Result<()>
     }
 }
 
-/// Whether any page of a region was touched.
+/// Whether any page of a region is there, be it the page of zeros. `false` if the kernel does not say.
 #[cfg(feature = "uffd")]
-pub(crate) fn touched_anywhere(region: &Region) -> bool {
-    !touched(region, Span { start: 0, end: region.len() }).is_empty()
+pub(crate) fn any_present(region: &Region) -> bool {
+    let all = Span { start: 0, end: region.len() };
+    let found = |want| mapped(region, all, want).is_ok_and(|spans| !spans.is_empty());
+    found(Want::Mapped) || found(Want::Content)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, MemoryRegionAddress};
+
+    use super::*;
+    use crate::{Backing, RegionBuilder};
+
+    #[test]
+    fn both_ways_to_ask_for_pages_find_the_same() {
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let region = RegionBuilder::new(0, 64 << 20).backing(backing).build().unwrap();
+            // More runs than fit one answer.
+            for page in (0..2000u64).map(|index| index * 8) {
+                region.write_obj(1u8, MemoryRegionAddress(page * PAGE_SIZE)).unwrap();
+            }
+            let start = region.as_ptr().addr() as u64;
+            let wanted = Span { start, end: start + region.len() };
+            let pagemap = File::open("/proc/self/pagemap").unwrap();
+            for want in [Want::Content, Want::Mapped] {
+                let read = read_pagemap(&pagemap, wanted, want).unwrap();
+                assert_eq!(read.len(), 2000, "{backing:?}");
+                // Kernels before 6.7 have only the one way.
+                if let Ok(scanned) = scan(&pagemap, wanted, want) {
+                    assert_eq!(scanned, read, "{backing:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn data_of_a_file_is_whole_pages_within_what_was_asked_for() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        for at in [0x1_0000, 0x4_0000] {
+            file.write_all_at(&[1; 0x4000], at).unwrap();
+        }
+        let found = data(&file, Span { start: 0x1_1000, end: 0x4_1000 }).unwrap();
+        let expected = [Span { start: 0x1_1000, end: 0x1_4000 }, Span { start: 0x4_0000, end: 0x4_1000 }];
+        assert_eq!(found, expected);
+        assert_eq!(data(&file, Span { start: 0x8_0000, end: 1 << 20 }).unwrap(), []);
+    }
 }

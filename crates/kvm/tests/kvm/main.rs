@@ -9,6 +9,7 @@
 mod common;
 
 mod exits;
+mod images;
 mod interrupts;
 mod kicks;
 mod memory;

@@ -8,9 +8,9 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::sums::{of_zeros, zeros};
-use super::{CHUNK, Extents, ImageLayout, Progress, failed};
+use super::{CHUNK, Extents, ImageLayout, Progress, failed, same};
 use crate::layout::PAGE_SIZE;
-use crate::pages::{Span, data};
+use crate::pages::{PAGE, Span, data};
 use crate::{Error, Result};
 
 /// Bytes that are copied before the caller hears of it.
@@ -20,8 +20,10 @@ const STEP: u64 = 16 << 20;
 /// What `to` held is gone.
 ///
 /// # Errors
-/// [`Error::Image`]: one cannot be read or the other cannot be written.
+/// - [`Error::Image`]: one cannot be read or the other cannot be written.
+/// - [`Error::ImageRefused`]: they are one file.
 pub fn copy_sparse(from: &File, to: &File, progress: Progress<'_>) -> Result<()> {
+    apart(from, to)?;
     let size = from.metadata().map_err(failed("measure", 0))?.len();
     if rustix::fs::ioctl_ficlone(to, from).is_ok() {
         progress(size, size);
@@ -42,7 +44,8 @@ pub fn copy_sparse(from: &File, to: &File, progress: Progress<'_>) -> Result<()>
 /// A crash in between leaves something that is neither the one nor the other: work on a [copy](copy_sparse), and rename it.
 ///
 /// # Errors
-/// - [`Error::ImageSize`]: a file is shorter than the image; [`Error::ImageRefused`]: not one checksum for each chunk.
+/// - [`Error::ImageSize`]: a file is shorter than the image; [`Error::ImageRefused`]: not one checksum for each chunk, or
+///   the files are one.
 /// - [`Error::Image`]: one cannot be read or the other cannot be written.
 pub fn apply_diff(
     base: &File,
@@ -52,6 +55,7 @@ pub fn apply_diff(
     checksums: Option<&mut [u32]>,
     progress: Progress<'_>,
 ) -> Result<()> {
+    apart(base, diff)?;
     check_size(base, layout)?;
     check_size(diff, layout)?;
     let (total, mut done) = (extents.bytes(), 0);
@@ -111,6 +115,11 @@ fn chunks(layout: &ImageLayout) -> impl Iterator<Item = Span> {
         .map(move |index| Span { start: index * CHUNK, end: ((index + 1) * CHUNK).min(size) })
 }
 
+/// One would be emptied, or changed under the other.
+fn apart(a: &File, b: &File) -> Result<()> {
+    if same(a, b)? { Err(Error::ImageRefused { reason: "both files are the same one" }) } else { Ok(()) }
+}
+
 fn check_size(file: &File, layout: &ImageLayout) -> Result<()> {
     let found = file.metadata().map_err(failed("measure", 0))?.len();
     let expected = layout.size();
@@ -168,7 +177,7 @@ fn erase(file: &File, part: Span) -> Result<()> {
     if rustix::fs::fallocate(file, flags, part.start, part.end - part.start).is_ok() {
         return Ok(());
     }
-    let zeros = [0; PAGE_SIZE as usize];
+    let zeros = [0; PAGE];
     let mut at = part.start;
     while at < part.end {
         file.write_all_at(&zeros, at).map_err(failed("write", at))?;

@@ -3,16 +3,15 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::file::data_or_all;
-use super::{Extent, Extents, ImageLayout, ImageStats, Progress, failed, write_full};
+use super::{Extent, Extents, ImageLayout, ImageStats, Progress, failed, same, write_full};
 use crate::backing::memory_file;
 use crate::layout::{PAGE_SIZE, RamRange};
-use crate::pages::Span;
+use crate::pages::{PAGE, Span};
 use crate::{Error, GuestMem, Result};
 
 /// Most that is read by one system call.
@@ -94,7 +93,7 @@ fn read(mem: &GuestMem, layout: &ImageLayout, file: &File, part: Span) -> Result
 
 /// Makes the memory of a part of an image read as zeros.
 fn zero(mem: &GuestMem, layout: &ImageLayout, part: Span) -> Result<()> {
-    let zeros = [0u8; PAGE_SIZE as usize];
+    let zeros = [0u8; PAGE];
     for piece in pieces(layout, part) {
         if piece.len >= MIN_HOLE && mem.discard(piece.start, piece.len)? == piece.len {
             continue;
@@ -156,9 +155,4 @@ pub fn frozen_memfd(mem: &GuestMem, layout: &ImageLayout) -> Result<Option<File>
         }
     }
     first.map(|file| file.try_clone().map_err(failed("duplicate", 0))).transpose()
-}
-
-fn same(a: &File, b: &File) -> Result<bool> {
-    let of = |file: &File| file.metadata().map(|data| (data.dev(), data.ino())).map_err(failed("measure", 0));
-    Ok(of(a)? == of(b)?)
 }

@@ -27,7 +27,7 @@ mod write;
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::FlockOperation;
@@ -78,6 +78,12 @@ fn lock(file: &File, operation: FlockOperation, busy: &'static str) -> Result<()
         Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::ImageRefused { reason: busy }),
         other => other.map_err(|errno| failed("lock", 0)(errno.into())),
     }
+}
+
+/// Whether two descriptors are of one file.
+fn same(a: &File, b: &File) -> Result<bool> {
+    let of = |file: &File| file.metadata().map(|data| (data.dev(), data.ino())).map_err(failed("measure", 0));
+    Ok(of(a)? == of(b)?)
 }
 
 /// Makes the error of an operation that the system refused.

@@ -10,8 +10,9 @@ use crc32fast::Hasher;
 
 use super::{CHUNK, ImageLayout};
 use crate::layout::PAGE_SIZE;
+use crate::pages::PAGE;
 
-const ZERO_PAGE: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+const ZERO_PAGE: [u8; PAGE] = [0; PAGE];
 
 /// The checksum of `len` zeros, a multiple of the page size.
 pub(super) fn of_zeros(len: u64) -> u32 {
@@ -93,6 +94,7 @@ impl Sums {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "lengths in tests are small")]
 mod tests {
     use super::*;
     use crate::layout::RamRange;

@@ -8,10 +8,10 @@ use vm_memory::{GuestMemoryRegion, MemoryRegionAddress};
 
 use super::layout::Segment;
 use super::sums::Sums;
-use super::{Extents, ImageLayout, Progress, failed};
+use super::{Extents, ImageLayout, Progress, failed, same};
 use crate::guest_mem::MemorySlice;
 use crate::layout::PAGE_SIZE;
-use crate::pages::{Span, touched};
+use crate::pages::{PAGE, Span, touched};
 use crate::{DirtyPages, Error, GuestMem, Result};
 
 /// Pages that are looked at before they are written, and so the most that one system call writes.
@@ -49,6 +49,7 @@ impl ImageStats {
 ///
 /// # Errors
 /// - [`Error::ImageMemory`]: the layout names memory that is not there.
+/// - [`Error::ImageRefused`]: the memory is mapped from `file`.
 /// - [`Error::Image`]: the file cannot be written, for one when the disk is full.
 pub fn write_full(
     mem: &GuestMem,
@@ -102,6 +103,13 @@ impl<'a> Writer<'a> {
         sums: Option<Sums>,
         progress: Progress<'a>,
     ) -> Result<Self> {
+        // Emptied under a mapping, it would end this process.
+        for segment in layout.segments(&mem.view())? {
+            let mapped = GuestMemoryRegion::file_offset(segment.region);
+            if mapped.is_some_and(|mapped| same(mapped.file(), file).unwrap_or(false)) {
+                return Err(Error::ImageRefused { reason: "the memory is mapped from this very file" });
+            }
+        }
         // Shorter first: whatever it held reads as zeros afterwards.
         file.set_len(0).map_err(failed("empty", 0))?;
         file.set_len(layout.size()).map_err(failed("extend", layout.size()))?;
@@ -183,7 +191,7 @@ impl<'a> Writer<'a> {
     }
 
     fn batch(&mut self, slice: &MemorySlice<'_>, offset: u64) -> Result<()> {
-        let mut page = [0; PAGE_SIZE as usize];
+        let mut page = [0; PAGE];
         let mut run = 0..0;
         for at in (0..slice.len()).step_by(page.len()) {
             let bytes = slice.subslice(at, page.len()).map_err(|error| out_of_range(offset, error))?;
@@ -199,12 +207,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Whether a page is all zeros; counts its checksum.
-    fn is_zero(
-        &mut self,
-        bytes: &MemorySlice<'_>,
-        page: &mut [u8; PAGE_SIZE as usize],
-        offset: u64,
-    ) -> Result<bool> {
+    fn is_zero(&mut self, bytes: &MemorySlice<'_>, page: &mut [u8; PAGE], offset: u64) -> Result<bool> {
         // Most pages that hold something show it at once.
         const HEAD: usize = 64;
         if self.sums.is_none() {
@@ -219,7 +222,7 @@ impl<'a> Writer<'a> {
         if let Some(sums) = &mut self.sums {
             sums.page(offset, page);
         }
-        Ok(*page == [0; PAGE_SIZE as usize])
+        Ok(*page == [0; PAGE])
     }
 
     /// Writes neighbouring pages.

@@ -29,7 +29,7 @@ pub use server::{PageServer, ServerStats};
 
 use crate::image::ImageLayout;
 use crate::layout::PAGE_SIZE;
-use crate::pages::touched_anywhere;
+use crate::pages::any_present;
 use crate::{Backing, Error, GuestMem, Result};
 
 /// A descriptor by which page faults are heard of and answered. Non-blocking, and closed on exec.
@@ -62,7 +62,7 @@ impl Uffd {
         if mem.backing() != Backing::Anonymous {
             return Err(Error::ImageRefused { reason: "page faults are served for anonymous memory only" });
         }
-        if mem.regions().iter().any(|region| touched_anywhere(region)) {
+        if mem.regions().iter().any(|region| any_present(region)) {
             return Err(Error::ImageRefused {
                 reason: "only memory that is empty can be filled by a page server",
             });

@@ -15,7 +15,7 @@ use super::abi::{self, EVENT_LEN, Event};
 use super::{Uffd, UffdRegion, failed, receive_handshake};
 use crate::image::{Extent, ImageLayout};
 use crate::layout::PAGE_SIZE;
-use crate::pages::{Span, push};
+use crate::pages::{PAGE, Span, push};
 use crate::{Error, Result};
 
 /// Most regions a monitor may name.
@@ -24,8 +24,6 @@ const MAX_REGIONS: usize = 1 << 10;
 const STEP: u64 = 256 << 10;
 /// Events read by one system call.
 const EVENTS: usize = 64;
-
-const PAGE: usize = PAGE_SIZE as usize;
 
 /// What a [`PageServer`] has done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -205,6 +203,8 @@ impl PageServer {
     fn read_events(&mut self) -> Result<()> {
         let mut bytes = [0u8; EVENTS * EVENT_LEN];
         let got = match rustix::io::read(&self.uffd, &mut bytes) {
+            // Something else than it was said to be.
+            Ok(0) => return Err(failed("read page faults")(io::ErrorKind::UnexpectedEof.into())),
             Ok(got) => got,
             Err(Errno::AGAIN | Errno::INTR) => 0,
             Err(errno) => return Err(failed("read page faults")(errno.into())),

@@ -1,3 +1,7 @@
+#![expect(clippy::cast_possible_truncation, reason = "lengths in tests are small")]
+
+mod properties;
+
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -186,11 +190,10 @@ fn memory_that_was_inserted_can_be_in_an_image_and_shared_files_are_not() {
 }
 
 #[test]
-fn a_full_disk_is_an_error() {
+fn a_file_that_takes_no_more_is_an_error() {
     let mem = memory(Backing::Anonymous);
     fill(&mem, 0, 0x4000, 1);
-    // The limit of the file's size stands for the disk's end; only this test's process may have it, so it is a memfd that
-    // cannot grow.
+    // As on a full disk, the length is accepted and the bytes are not.
     let layout = ImageLayout::of(&mem).unwrap();
     let file = crate::backing::memory_file(rustix::fs::MemfdFlags::empty(), layout.size()).unwrap();
     rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::FUTURE_WRITE).unwrap();
@@ -376,6 +379,39 @@ fn what_is_given_back_of_an_image_reads_as_zeros() {
 }
 
 #[test]
+fn boot_memory_and_what_was_inserted_are_mapped_from_one_image() {
+    let mem = memory(Backing::Anonymous);
+    // Between the two ranges of boot memory.
+    mem.insert_region(RegionBuilder::new(HIGH / 2, 0x2000).build().unwrap()).unwrap();
+    fill(&mem, 0x1000, 0x1000, 1);
+    fill(&mem, HIGH / 2 + 0x1000, 0x1000, 2);
+    fill(&mem, HIGH, 0x1000, 3);
+    let layout = ImageLayout::of_all(&mem).unwrap();
+    let file = Arc::new(full(&mem, &layout, false).0);
+    let builder = GuestMemBuilder::with_ranges(ranges()).image(Arc::clone(&file));
+    let mapped = builder.image_layout(layout.clone()).build().unwrap();
+    let offset = layout.offset_of(HIGH / 2).unwrap();
+    let inserted = RegionBuilder::new(HIGH / 2, 0x2000).file(file, offset, FileMapping::Private);
+    mapped.insert_region(inserted.build().unwrap()).unwrap();
+    assert_eq!(content(&mapped), content(&mem));
+    assert_eq!(byte(&mapped, HIGH / 2 + 0x1000), 2);
+}
+
+#[test]
+fn memory_that_an_image_does_not_have_is_not_mapped_from_it() {
+    let mem = memory(Backing::Anonymous);
+    let layout = ImageLayout::of(&mem).unwrap();
+    let file = Arc::new(full(&mem, &layout, false).0);
+    for (start, len) in
+        [(0, LOW_LEN + 0x1000), (LOW_LEN, 0x1000), (0, HIGH + 0x1000), (HIGH + HIGH_LEN, 0x1000)]
+    {
+        let builder = GuestMemBuilder::with_ranges(vec![RamRange { start, len }]).image(file.clone());
+        let error = builder.image_layout(layout.clone()).build().unwrap_err();
+        assert!(matches!(error, Error::ImageMemory { gpa, .. } if gpa == start), "{error:?}");
+    }
+}
+
+#[test]
 fn an_image_backing_without_an_image_is_refused() {
     GuestMemBuilder::new(0x1000).backing(Backing::Image).build().unwrap_err();
     RegionBuilder::new(0, 0x1000).backing(Backing::Image).build().unwrap_err();
@@ -519,6 +555,38 @@ fn only_files_are_opened() {
     assert!(matches!(open(dir.path()), Err(Error::ImageRefused { .. })));
     assert!(matches!(open(&dir.path().join("none")), Err(Error::Image { doing: "open", .. })));
     assert!(matches!(open(Path::new("/dev/zero")), Err(Error::ImageRefused { .. })));
+}
+
+#[test]
+fn a_file_is_never_written_under_its_own_mapping_or_over_itself() {
+    let mem = memory(Backing::Anonymous);
+    fill(&mem, 0, 0x1000, 1);
+    let layout = ImageLayout::of(&mem).unwrap();
+    let (file, _) = full(&mem, &layout, false);
+    let mapped = map(&file);
+    for error in [
+        write_full(&mapped, &layout, &file, false, &mut |_, _| {}).unwrap_err(),
+        write_diff(&mapped, &layout, &[], &file, false, &mut |_, _| {}).unwrap_err(),
+        copy_sparse(&file, &file.try_clone().unwrap(), &mut |_, _| {}).unwrap_err(),
+        apply_diff(&file, &file, &layout, &Extents::all(&layout), None, &mut |_, _| {}).unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::ImageRefused { .. }), "{error:?}");
+    }
+    assert_eq!(read(&file), content(&mem));
+}
+
+#[test]
+fn touched_memory_is_what_may_hold_something() {
+    let mem = memory(Backing::Anonymous);
+    fill(&mem, 0x3000, 0x2000, 1);
+    byte(&mem, 0x9000);
+    let expected = vec![RamRange { start: 0x3000, len: 0x2000 }];
+    assert_eq!(mem.touched(), expected);
+    let (file, _) = to_memfd(&mem, &ImageLayout::of(&mem).unwrap()).unwrap();
+    let mapped = map(&file);
+    assert_eq!(mapped.touched(), expected);
+    fill(&mapped, HIGH, 0x1000, 0);
+    assert_eq!(mapped.touched().last(), Some(&RamRange { start: HIGH, len: 0x1000 }));
 }
 
 #[test]
