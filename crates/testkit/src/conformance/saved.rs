@@ -11,10 +11,10 @@ use crate::driver::{Arena, DriverTransport, VirtioDriver, status};
 use crate::hostile::{Hostile, Source};
 use crate::{Error, Result, TestWiring};
 
-/// What is done to each byte of a state: bits that are flipped.
-const FLIPS: [u8; 4] = [0x01, 0x04, 0x80, 0xff];
+/// What is done to each byte of a state: bits that are flipped, all of them and one of these sets.
+const FLIPS: [u8; 4] = [0x01, 0x04, 0x20, 0x80];
 /// States that are nonsense from the first byte to the last.
-const NONSENSE: u64 = 64;
+const NONSENSE: u64 = 32;
 
 /// The state of the device of a bench, which is paused.
 pub(super) fn save<T: DriverTransport>(bench: &mut Bench<T>) -> Result<State> {
@@ -252,15 +252,17 @@ fn survives_state<T: DriverTransport>(bench: &mut Bench<T>, make: Make<'_>, stat
 
 fn damages(body: &[u8], source: &mut Source<'_>) -> Vec<Vec<u8>> {
     let mut all = Vec::new();
-    for at in 0..body.len() {
-        for flip in FLIPS {
+    for (at, flip) in (0..body.len()).zip(FLIPS.into_iter().cycle()) {
+        for flip in [flip, 0xff] {
             let mut damaged = body.to_vec();
             if let Some(byte) = damaged.get_mut(at) {
                 *byte ^= flip;
             }
             all.push(damaged);
         }
-        all.push(body.iter().copied().take(at).collect());
+        if at.is_multiple_of(8) {
+            all.push(body.iter().copied().take(at).collect());
+        }
     }
     all.push(body.iter().copied().chain([0]).collect());
     for _ in 0..NONSENSE {
