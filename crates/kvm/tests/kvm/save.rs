@@ -6,7 +6,7 @@ use std::time::Duration;
 use freestone_hypervisor::x86::{
     ChipKind, ChipState, ClockPolicy, ClockState, MpState, Msr, Regs, VcpuState, VmState,
 };
-use freestone_hypervisor::{CpuState, Error, Exit, Hypervisor, SaveVm, Vcpu, Vm};
+use freestone_hypervisor::{CpuState, Error, Exit, Hypervisor, Vcpu, Vm};
 use freestone_kvm::{Kvm, KvmVcpu};
 
 use crate::common::*;
@@ -79,7 +79,7 @@ const SELF_INTERRUPTER: &[u8] = &[
     0xC7, 0x83, 0x00, 0x03, 0x00, 0x00, 0x40, 0x40, 0x04, 0x00, // mov dword [rbx + 0x300], self, 0x40
     0xE6, 0x81, // out 0x81, al
     0xFB, // sti
-    0x90, // nop
+    0xF4, // hlt
     0xFA, // cli
     0xE6, 0x80, // out 0x80, al
     0xF4, // hlt
@@ -95,7 +95,7 @@ const COUNTER: &[u8] = &[
 
 /// What is saved of a machine.
 struct Saved {
-    memory: [u8; MEMORY as usize],
+    memory: [u8; 0x1_0000],
     vcpus: Vec<VcpuState>,
     vm: VmState,
 }
@@ -121,7 +121,7 @@ fn restore(kvm: &Kvm, saved: &Saved) -> (Machine, Vec<KvmVcpu>) {
 fn empty(kvm: &Kvm, vcpus: usize) -> (Machine, Vec<KvmVcpu>) {
     let machine = Machine::new(kvm, &[]);
     machine.vm.irq_chip().unwrap();
-    let vcpus = (0..vcpus as u32).map(|index| machine.vm.create_vcpu(index).unwrap()).collect();
+    let vcpus = (0..).take(vcpus).map(|index| machine.vm.create_vcpu(index).unwrap()).collect();
     (machine, vcpus)
 }
 
@@ -321,10 +321,9 @@ fn vcpu_that_waits_for_sipi_starts_where_it_says_after_the_move() {
     machine.write(ENTRY, &code);
     machine.write(DATA, &[0xE6, 0x80, 0xF4]); // out 0x80, al; hlt
     set_long_mode(&machine, &mut vcpus[0], Regs { rbx: APIC, ..Regs::default() });
-    let (machine, mut vcpus) = restore(&kvm, &save(&machine, &mut vcpus));
+    let (mut machine, mut vcpus) = restore(&kvm, &save(&machine, &mut vcpus));
     assert_eq!(vcpus[1].mp_state().unwrap(), MpState::Uninitialized);
     // Between INIT and SIPI, and once more between SIPI and the start.
-    let (mut machine, mut vcpus) = (machine, vcpus);
     for port in [0x81, 0x82] {
         let exit = vcpus[0].run().unwrap();
         assert!(matches!(exit, Exit::PioWrite { port: at, .. } if at == port), "{exit:?}");
