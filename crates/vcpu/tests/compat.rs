@@ -1,6 +1,6 @@
 //! What of a saved vCPU is found not to fit a host.
 
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 use freestone_hypervisor::x86::{CpuidLeaf, HostCpu, Msr, VcpuState};
 use freestone_hypervisor::{CpuState, Hypervisor, Vm};
