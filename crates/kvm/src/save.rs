@@ -52,6 +52,13 @@ impl KvmVcpu {
     }
 
     pub(crate) fn restore_state(&mut self, state: &VcpuState) -> Result<()> {
+        match (&state.lapic, self.has_lapic) {
+            (Some(_), true) | (None, false) => {}
+            (Some(_), false) => {
+                return Err(Error::Unsupported("a local APIC in a VM without interrupt controller"));
+            }
+            (None, true) => return Err(Error::Unsupported("a vCPU without the local APIC that its VM has")),
+        }
         if !state.cpuid.is_empty() {
             self.set_cpuid(&state.cpuid)?;
         }
@@ -81,13 +88,8 @@ impl KvmVcpu {
         let DebugRegs { db, dr6, dr7 } = state.debug_regs;
         let debug = kvm_debugregs { db, dr6, dr7, ..Default::default() };
         self.fd.set_debug_regs(&debug).map_err(call("KVM_SET_DEBUGREGS"))?;
-        match (&state.lapic, self.has_lapic) {
-            (Some(lapic), true) => self.set_lapic(lapic)?,
-            (None, false) => {}
-            (Some(_), false) => {
-                return Err(Error::Unsupported("a local APIC in a VM without interrupt controller"));
-            }
-            (None, true) => return Err(Error::Unsupported("a vCPU without the local APIC that its VM has")),
+        if let Some(lapic) = &state.lapic {
+            self.set_lapic(lapic)?;
         }
         self.restore_msrs(&state.msrs)?;
         self.fd.set_vcpu_events(&to_events(&state.events)).map_err(call("KVM_SET_VCPU_EVENTS"))?;
@@ -190,8 +192,8 @@ fn to_xcrs(xcrs: &[(u32, u64)]) -> Result<kvm_xcrs> {
     }
     for (to, &(xcr, value)) in to.xcrs.iter_mut().zip(xcrs) {
         *to = kvm_xcr { xcr, reserved: 0, value };
-        // Checked above to be at most 16.
     }
+    // At most 16, as checked above.
     to.nr_xcrs = u32::try_from(xcrs.len()).unwrap_or(0);
     Ok(to)
 }
