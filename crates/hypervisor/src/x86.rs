@@ -217,7 +217,7 @@ pub struct VcpuEvents {
 /// Everything of a vCPU that its guest can tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VcpuState {
-    /// What CPUID tells the guest.
+    /// What CPUID tells the guest, as it was set ([`set_cpuid`](crate::CpuState::set_cpuid)).
     pub cpuid: Vec<CpuidLeaf>,
     /// Frequency of the time-stamp counter in kHz, where the hypervisor knows it.
     pub tsc_khz: Option<u32>,

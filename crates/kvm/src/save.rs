@@ -4,7 +4,7 @@
 //! changes registers; events last. Restoring: CPUID first, by which KVM checks the rest; the APIC base (in SREGS) before the
 //! APIC; the APIC and the time-stamp counter before the deadline of the APIC's timer; events last, as other calls touch them.
 
-use freestone_hypervisor::x86::{CpuidLeaf, DebugRegs, MpState, Msr, VcpuEvents, VcpuState};
+use freestone_hypervisor::x86::{DebugRegs, MpState, Msr, VcpuEvents, VcpuState};
 use freestone_hypervisor::{CpuState, Error, Result};
 use kvm_bindings::*;
 
@@ -33,12 +33,11 @@ impl KvmVcpu {
         let debug = self.fd.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?;
         let lapic = if self.has_lapic { Some(Box::new(self.lapic()?)) } else { None };
         let msrs = self.save_msrs()?;
-        let cpuid = self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_CPUID2"))?;
         // It is no error not to know: the kernel says EIO where the counter is not stable.
         let tsc_khz = self.fd.get_tsc_khz().ok().filter(|&khz| khz > 0);
         let events = self.fd.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?;
         Ok(VcpuState {
-            cpuid: cpuid.as_slice().iter().map(from_cpuid_entry).collect(),
+            cpuid: self.cpuid.clone(),
             tsc_khz,
             mp_state,
             regs,
@@ -53,7 +52,16 @@ impl KvmVcpu {
     }
 
     pub(crate) fn restore_state(&mut self, state: &VcpuState) -> Result<()> {
-        self.set_cpuid(&state.cpuid)?;
+        match (&state.lapic, self.has_lapic) {
+            (Some(_), true) | (None, false) => {}
+            (Some(_), false) => {
+                return Err(Error::Unsupported("a local APIC in a VM without interrupt controller"));
+            }
+            (None, true) => return Err(Error::Unsupported("a vCPU without the local APIC that its VM has")),
+        }
+        if !state.cpuid.is_empty() {
+            self.set_cpuid(&state.cpuid)?;
+        }
         if let Some(khz) = state.tsc_khz {
             self.fd.set_tsc_khz(khz).map_err(|error| Error::OutOfRange {
                 what: "frequency of the time-stamp counter in kHz",
@@ -80,13 +88,8 @@ impl KvmVcpu {
         let DebugRegs { db, dr6, dr7 } = state.debug_regs;
         let debug = kvm_debugregs { db, dr6, dr7, ..Default::default() };
         self.fd.set_debug_regs(&debug).map_err(call("KVM_SET_DEBUGREGS"))?;
-        match (&state.lapic, self.has_lapic) {
-            (Some(lapic), true) => self.set_lapic(lapic)?,
-            (None, false) => {}
-            (Some(_), false) => {
-                return Err(Error::Unsupported("a local APIC in a VM without interrupt controller"));
-            }
-            (None, true) => return Err(Error::Unsupported("a vCPU without the local APIC that its VM has")),
+        if let Some(lapic) = &state.lapic {
+            self.set_lapic(lapic)?;
         }
         self.restore_msrs(&state.msrs)?;
         self.fd.set_vcpu_events(&to_events(&state.events)).map_err(call("KVM_SET_VCPU_EVENTS"))?;
@@ -173,12 +176,6 @@ fn has_kvmclock(msrs: &[Msr]) -> bool {
     msrs.iter().any(|msr| KVM_SYSTEM_TIME.contains(&msr.index) && msr.value & 1 != 0)
 }
 
-fn from_cpuid_entry(entry: &kvm_cpuid_entry2) -> CpuidLeaf {
-    let kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, padding: _ } = *entry;
-    let indexed = flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0;
-    CpuidLeaf { function, index, indexed, eax, ebx, ecx, edx }
-}
-
 fn from_xcrs(xcrs: &kvm_xcrs) -> Vec<(u32, u64)> {
     let count = usize::try_from(xcrs.nr_xcrs).unwrap_or(usize::MAX);
     xcrs.xcrs.iter().take(count).map(|xcr| (xcr.xcr, xcr.value)).collect()
@@ -195,8 +192,8 @@ fn to_xcrs(xcrs: &[(u32, u64)]) -> Result<kvm_xcrs> {
     }
     for (to, &(xcr, value)) in to.xcrs.iter_mut().zip(xcrs) {
         *to = kvm_xcr { xcr, reserved: 0, value };
-        // Checked above to be at most 16.
     }
+    // At most 16, as checked above.
     to.nr_xcrs = u32::try_from(xcrs.len()).unwrap_or(0);
     Ok(to)
 }

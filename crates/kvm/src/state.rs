@@ -160,7 +160,9 @@ impl CpuState for KvmVcpu {
             value: leaves.len() as u64,
             reason: "KVM takes at most 256",
         })?;
-        self.fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))
+        self.fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+        self.cpuid = leaves.to_vec();
+        Ok(())
     }
 
     fn msrs(&self, msrs: &mut [Msr]) -> Result<()> {

@@ -9,8 +9,8 @@ use std::sync::{Arc, OnceLock};
 use freestone_hypervisor::x86::{CpuidLeaf, HostCpu};
 use freestone_hypervisor::{Error, Hypervisor, Result};
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_TSC_CONTROL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_VM_TSC_CONTROL,
-    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, KVMIO,
+    KVM_API_VERSION, KVM_CAP_TSC_CONTROL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+    KVM_MAX_CPUID_ENTRIES, KVMIO,
 };
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl_expr};
 
@@ -92,9 +92,8 @@ impl Kvm {
     /// The TSC frequency that a new VM gives its vCPUs; `None` if this KVM does not tell.
     fn tsc_khz(&self) -> Option<u32> {
         *self.0.tsc_khz.get_or_init(|| {
-            let asked = self.0.fd.check_extension_raw(KVM_CAP_VM_TSC_CONTROL.into()) > 0;
-            let vm = self.0.fd.create_vm().ok().filter(|_| asked)?;
-            // SAFETY: the descriptor is a VM's, and the call takes no argument.
+            let vm = self.0.fd.create_vm().ok()?;
+            // SAFETY: the descriptor is a VM's, and the call takes no argument. Kernels before 5.16 do not know it.
             let khz = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_TSC_KHZ) };
             u32::try_from(khz).ok().filter(|&khz| khz > 0)
         })

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use freestone_hypervisor::x86::CpuidLeaf;
 use freestone_hypervisor::{Error, Exit, Kicker, Result, Vcpu};
 use kvm_bindings::{KVM_EXIT_MEMORY_FAULT, KVMIO};
 use kvm_ioctls::VcpuFd;
@@ -34,6 +35,8 @@ pub struct KvmVcpu {
     index: u32,
     /// Fixed when the vCPU is made: a VM's interrupt controller is older than its vCPUs.
     pub(crate) has_lapic: bool,
+    /// What was set last. Not every KVM gives it back as it was: one may show the guest more, and one fills in the guest's bits.
+    pub(crate) cpuid: Vec<CpuidLeaf>,
     pub(crate) vm: Arc<VmInner>,
 }
 
@@ -52,7 +55,7 @@ impl KvmVcpu {
         // SAFETY: the page stays mapped until `drop` below has called `retire`.
         let kick = unsafe { KickState::new(page.immediate_exit()) }?;
         let has_lapic = vm.created_irq_chip().is_some();
-        Ok(Self { fd, page, kick, unseen_exit: false, index, has_lapic, vm })
+        Ok(Self { fd, page, kick, unseen_exit: false, index, has_lapic, cpuid: Vec::new(), vm })
     }
 
     #[inline]
