@@ -36,6 +36,8 @@ section!(I8042State, "i8042", 1);
 section!(RtcState, "rtc", 1);
 section!(PowerState, "power", 1);
 section!(ProgressState, "progress", 1);
+section!(VmGenIdState, "vmgenid", 1);
+section!(PowerButtonState, "power-button", 1);
 section!(PciConfigState, "pci-config", 1);
 
 /// Saved state of a [`Serial`](crate::Serial).
@@ -72,6 +74,30 @@ pub struct SerialState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct I8042State {
     pub(crate) control_b: u8,
+    /// The side of the keyboard, if there is one.
+    pub(crate) port: Option<PortState>,
+}
+
+/// The side of an i8042 that has a keyboard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PortState {
+    pub(crate) keyboard: KeyboardState,
+    pub(crate) config: u8,
+    /// The command whose argument comes next.
+    pub(crate) command: Option<u8>,
+    pub(crate) last_was_command: bool,
+    pub(crate) output: Option<u8>,
+}
+
+/// A keyboard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct KeyboardState {
+    /// Bytes that wait to be sent.
+    pub(crate) buffer: Vec<u8>,
+    /// The command whose argument comes next.
+    pub(crate) command: Option<u8>,
+    pub(crate) scanning: bool,
+    pub(crate) set: u8,
 }
 
 /// Saved state of an [`Rtc`](crate::Rtc).
@@ -102,4 +128,17 @@ pub struct ProgressState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PciConfigState {
     pub(crate) address: u32,
+}
+
+/// Where the guest was told that its generation ID is. The ID itself is in its memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VmGenIdState {
+    pub(crate) address: u64,
+    pub(crate) gsi: u32,
+}
+
+/// How the guest was told that it hears of the power button.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PowerButtonState {
+    pub(crate) gsi: u32,
 }

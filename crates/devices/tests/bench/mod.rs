@@ -15,6 +15,7 @@ use freestone_memory::GuestMem;
 const LINES: u32 = 24;
 
 pub struct Bench {
+    pub memory: GuestMem,
     pub pio: Bus,
     pub mmio: Bus,
     pub manual: ManualSpawner,
@@ -30,6 +31,7 @@ impl Bench {
     pub fn new() -> Self {
         let manual = ManualSpawner::new();
         Self {
+            memory: GuestMem::anonymous(1 << 20).unwrap(),
             pio: Bus::new(),
             mmio: Bus::new(),
             spawner: Arc::new(manual.clone()),
@@ -66,7 +68,7 @@ impl Bench {
 
 impl Wiring for Bench {
     fn memory(&self) -> GuestMem {
-        GuestMem::anonymous(4096).unwrap()
+        self.memory.clone()
     }
 
     fn pio(&mut self, base: u16, len: u16, device: Arc<dyn IoDevice>) -> Result<()> {
@@ -86,7 +88,8 @@ impl Wiring for Bench {
     }
 
     fn irq(&mut self, gsi: Option<u32>) -> Result<(u32, Irq)> {
-        let gsi = gsi.unwrap_or(5);
+        let free = |from: usize| (from..).find(|gsi| self.lines[*gsi].is_none()).unwrap();
+        let gsi = gsi.unwrap_or_else(|| u32::try_from(free(5)).unwrap());
         let line = &mut self.lines[gsi as usize];
         if line.is_some() {
             return Err(Error::Exhausted { what: "interrupt line", device: "any".into() });

@@ -75,3 +75,25 @@ fn pci_root() {
     root.bench.pio.view().write(PCI_CONFIG_PORT.into(), &0x8000_1810_u32.to_le_bytes()).unwrap();
     check("pci-config-1", root, PciRootPlug::new());
 }
+
+#[test]
+fn i8042() {
+    let plug = I8042Plug::new().keyboard();
+    let keys = plug.handle();
+    let controller = Plugged::new(plug);
+    for (port, value) in [(0x64, 0xd4), (0x60, 7), (0x61, 3), (0x60, 0xf3), (0x64, 0x60)] {
+        controller.bench.outb(port, value);
+    }
+    keys.ctrl_alt_del().unwrap();
+    check("i8042-1", controller, I8042Plug::new().keyboard());
+}
+
+#[test]
+fn vmgenid() {
+    check("vmgenid-1", Plugged::new(VmGenIdPlug::new()), VmGenIdPlug::new());
+}
+
+#[test]
+fn power_button() {
+    check("power-button-1", Plugged::new(PowerButtonPlug::new()), PowerButtonPlug::new());
+}

@@ -5,13 +5,16 @@ use super::*;
 /// A device, the section of its state, and the ports to poke at.
 type Case = (fn() -> Plugged, &'static str, std::ops::Range<u16>);
 
-const CASES: [Case; 6] = [
+const CASES: [Case; 9] = [
     (|| Plugged::new(SerialPlug::com1(Screen::default(), None)), "serial", COM1_PORT..COM1_PORT + 8),
     (|| Plugged::new(I8042Plug::new()), "i8042", I8042_PORT..I8042_PORT + 5),
     (|| Plugged::new(RtcPlug::new()), "rtc", RTC_PORT..RTC_PORT + 2),
     (|| Plugged::new(PowerPlug::new()), "power", SLEEP_CONTROL_PORT..RESET_PORT + 1),
     (|| Plugged::new(ProgressPlug::new()), "progress", PROGRESS_PORT..PROGRESS_PORT + 1),
     (|| Plugged::new(PciRootPlug::new()), "pci-config", PCI_CONFIG_PORT + 4..PCI_CONFIG_PORT + 8),
+    (|| Plugged::new(I8042Plug::new().keyboard()), "i8042", I8042_PORT..I8042_PORT + 5),
+    (|| Plugged::new(VmGenIdPlug::new()), "vmgenid", 0..0),
+    (|| Plugged::new(PowerButtonPlug::new()), "power-button", 0..0),
 ];
 
 fn with_body(section: &str, body: &[u8]) -> Sections {
