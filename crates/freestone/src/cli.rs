@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::control::Ctl;
 use crate::disk::DiskSpec;
-use crate::lifecycle::{ConsoleArgs, Logs, Many, Ps, Rm, StatsArgs, Stop};
+use crate::lifecycle::{ConsoleArgs, Fork, Logs, Many, Ps, Restore, Rm, Snapshot, StatsArgs, Stop};
 use crate::net::{self, NetSpec};
 use crate::place::PlaceArgs;
 use crate::size;
@@ -84,6 +84,12 @@ pub(crate) enum Command {
     Console(ConsoleArgs),
     /// Show what a machine costs: exits, queues, memory, processor time.
     Stats(StatsArgs),
+    /// Save machines to files, and describe, check and join what was saved.
+    Snapshot(Snapshot),
+    /// Run a machine that was saved.
+    Restore(Box<Restore>),
+    /// Make many machines of one, that share its memory until they write to it.
+    Fork(Fork),
     /// Ask a running machine: statistics, disks, balloon, memory, network.
     Ctl(Ctl),
     /// Show and change the network of a running machine: cards, forwards, flows, counters, links.

@@ -80,7 +80,9 @@ impl Place {
         work: impl FnOnce(&mut Self) -> Result<ExitCode, Failure>,
     ) -> Result<ExitCode, Failure> {
         if args.detach && args.detached_as.is_none() {
-            return detach(args, &[]);
+            let name = spawn(args.name.as_ref(), std::env::args_os().skip(1).collect())?;
+            println!("{name}");
+            return Ok(ExitCode::SUCCESS);
         }
         let mut place = Self::take(args)?;
         let outcome = work(&mut place);
@@ -114,6 +116,8 @@ impl Place {
         rustix::stdio::dup2_stdin(&null)?;
         rustix::stdio::dup2_stdout(rustix::stdio::stderr())?;
         rustix::process::setsid()?;
+        // It was started as `/proc/self/exe`.
+        rustix::thread::set_name(c"freestone")?;
         self.hub = Some(Hub::bind(&claim.file("console"), &claim.file("console.log"))?);
         self.claim = Some(claim);
         self.waiting = Some(waiting);
@@ -189,14 +193,6 @@ impl Place {
             tracing::warn!(%error, "the machine's folder stays behind");
         }
     }
-}
-
-/// Starts this program again, with the same arguments and `more`, as a detached machine, and waits until it runs.
-fn detach(args: &PlaceArgs, more: &[&str]) -> Result<ExitCode, Failure> {
-    let own = std::env::args_os().skip(1).chain(more.iter().map(Into::into));
-    let name = spawn(args.name.as_ref(), own.collect())?;
-    println!("{name}");
-    Ok(ExitCode::SUCCESS)
 }
 
 /// Starts this program as the process of a machine called `name`, with `args`, and waits until the machine runs.

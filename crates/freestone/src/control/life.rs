@@ -2,13 +2,15 @@
 //! served meanwhile.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use freestone_vmm::store::StorePaths;
 use freestone_vmm::vcpu::stats::{Row, Snapshot};
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
@@ -27,12 +29,14 @@ pub(crate) struct Life {
     name: Option<String>,
     started: Instant,
     doing: Arc<Mutex<Option<&'static str>>>,
+    /// State and memory that children are forked from.
+    template: Arc<Mutex<Option<(File, Arc<File>)>>>,
 }
 
 impl Life {
     /// Reaches the machine of `commander`, which is called `name`.
     pub(crate) fn new(commander: Commander, name: Option<String>) -> Self {
-        Self { commander, name, started: Instant::now(), doing: Arc::default() }
+        Self { commander, name, started: Instant::now(), doing: Arc::default(), template: Arc::default() }
     }
 
     /// Has `request` carried out and answered by `reply`, or gives it back if it is none of these.
@@ -55,7 +59,15 @@ impl Life {
                     }
                 });
             }
-            Request::Snapshot { state, memory, diff } => self.snapshot(reply, state, memory, diff),
+            Request::Snapshot { dir, state, memory, diff } => match paths(dir, state, memory) {
+                Ok(paths) => self.snapshot(reply, paths, diff),
+                Err(failure) => reply.finish(Err(failure)),
+            },
+            Request::Fork => self.fork(reply),
+            Request::ForkEnd => {
+                let dropped = self.template.lock().unwrap_or_else(PoisonError::into_inner).take().is_some();
+                reply.finish(Ok(json!({ "dropped": dropped })));
+            }
             other => return Some((other, reply)),
         }
         None
@@ -87,17 +99,40 @@ impl Life {
         });
     }
 
-    fn snapshot(&self, mut reply: Reply, state: PathBuf, memory: PathBuf, diff: bool) {
+    fn fork(&self, reply: Reply) {
+        let kept = Arc::clone(&self.template);
+        self.commander.send(move |vm| {
+            let made = vm.template().and_then(|template| Ok((template.state_file()?, template)));
+            let made = made.map(|(state, template)| {
+                let path = |fd: i32| format!("/proc/{}/fd/{fd}", std::process::id());
+                let memory = Arc::clone(template.memory_file());
+                let answer = json!({ "state": path(state.as_raw_fd()), "memory": path(memory.as_raw_fd()) });
+                *kept.lock().unwrap_or_else(PoisonError::into_inner) = Some((state, memory));
+                answer
+            });
+            reply.finish(made);
+        });
+    }
+
+    fn snapshot(&self, mut reply: Reply, paths: StorePaths, diff: bool) {
         let doing = Arc::clone(&self.doing);
         self.commander.send(move |vm| {
             let set = |what| *doing.lock().unwrap_or_else(PoisonError::into_inner) = what;
             set(Some("snapshot"));
             let kind = if diff { Kind::Diff } else { Kind::Full };
-            let request = SnapshotRequest { state, memory, kind };
+            let request = SnapshotRequest { paths, kind };
             let made = vm.snapshot(&request, &mut |done, total| reply.progress(done, total));
             set(None);
-            reply.finish(made.map(|report| json!({ "written": report.written, "memory": report.memory })));
+            reply.finish(made.map(|report| json!({ "id": report.id.to_string(), "written": report.written, "memory": report.memory })));
         });
+    }
+}
+
+fn paths(dir: Option<PathBuf>, state: Option<PathBuf>, memory: Option<PathBuf>) -> Result<StorePaths, Failure> {
+    match (dir, state, memory) {
+        (Some(dir), None, None) => Ok(StorePaths::in_folder(dir)),
+        (None, Some(state), Some(memory)) => Ok(StorePaths::files(state, memory)),
+        _ => Err(Failure::usage("a snapshot goes to a folder, or to a file for state and one for memory")),
     }
 }
 

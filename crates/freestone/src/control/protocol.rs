@@ -32,16 +32,23 @@ pub(crate) enum Request {
     },
     /// How often each vCPU left the guest, and why.
     Exits,
-    /// Saves the machine, which must be paused.
+    /// Saves the machine, which must be paused, to a folder, or to two files.
     Snapshot {
+        /// The folder.
+        dir: Option<PathBuf>,
         /// File for the state.
-        state: PathBuf,
+        state: Option<PathBuf>,
         /// File for the memory.
-        memory: PathBuf,
+        memory: Option<PathBuf>,
         /// Only what was written since the last one.
         #[serde(default)]
         diff: bool,
     },
+    /// Makes a template of the machine, which must be paused: two files of its process, a snapshot that children are restored
+    /// from. It is there until the next one is made, or it is dropped.
+    Fork,
+    /// Drops the template.
+    ForkEnd,
     /// What the devices' queues counted.
     Stats,
     /// Looks at a disk's image again and tells the guest its size.
@@ -180,7 +187,9 @@ impl Controls {
             | Request::Resume
             | Request::Stop { .. }
             | Request::Exits
-            | Request::Snapshot { .. } => Err("this machine's life is not controlled here".to_owned()),
+            | Request::Snapshot { .. }
+            | Request::Fork
+            | Request::ForkEnd => Err("this machine's life is not controlled here".to_owned()),
             request => self.nics.carry_out(request),
         }
     }

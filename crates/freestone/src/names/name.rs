@@ -63,7 +63,7 @@ impl fmt::Display for Name {
 
 /// The one of `known` that `text` may have meant.
 pub(crate) fn suggestion<'a>(text: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let near = |name: &&str| distance(text, name) <= 1 + text.len().min(name.len()) / 4;
+    let near = |name: &&str| distance(text, name) <= text.len().min(name.len()).div_ceil(2).min(3);
     known.into_iter().filter(near).min_by_key(|name| distance(text, name))
 }
 
