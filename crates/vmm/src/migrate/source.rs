@@ -199,7 +199,7 @@ impl<S: Read + Write> Sender<'_, S> {
 
     /// Sends all pages that hold something: the target's are zeros.
     fn everything(&mut self, memory: &GuestMem) -> Result<u64> {
-        let touched = memory.working_set()?;
+        let touched = memory.content(&ImageLayout::of_all(memory)?)?;
         let pages =
             touched.iter().flat_map(|range| (0..range.len / PAGE_SIZE).map(|n| range.start + n * PAGE_SIZE));
         let total = touched.iter().map(|range| range.len).sum();
