@@ -159,12 +159,12 @@ impl<S: Read + Write> Sender<'_, S> {
             self.report.rounds = round;
             let dirty = source.collect()?;
             let left = dirty.iter().map(DirtyPages::count).sum::<u64>().saturating_mul(PAGE_SIZE);
-            let rate = bytes as f64 / began.elapsed().as_secs_f64().max(1e-6);
-            let downtime = left as f64 / rate.max(1.0);
+            // As quickly as the last round went.
+            let nanos = began.elapsed().as_nanos().saturating_mul(left.into()) / u128::from(bytes.max(1));
             began = Instant::now();
             bytes = self.dirty(&memory, &dirty)?.max(PAGE_SIZE);
             // What was written while these were copied is about as much as they are, by their share of the time.
-            if downtime <= options.max_downtime.as_secs_f64() {
+            if nanos <= options.max_downtime.as_nanos() {
                 return Ok(());
             }
         }
