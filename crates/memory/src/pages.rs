@@ -14,6 +14,7 @@ use rustix::mm::Advice;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::guest_mem::Region;
+use crate::image::ImageLayout;
 use crate::layout::{PAGE_SIZE, RamRange};
 use crate::{Error, GuestMem, Result};
 
@@ -241,6 +242,24 @@ impl Prefetch {
 }
 
 impl GuestMem {
+    /// The pages of `layout` that may hold something else than zeros, as ranges of guest-physical addresses by rising address. Nothing
+    /// is touched to find out, except that memory whose pages come from a page server is taken for full.
+    ///
+    /// # Errors
+    /// [`Error::ImageMemory`] if the layout names memory that is not there.
+    pub fn content(&self, layout: &ImageLayout) -> Result<Vec<RamRange>> {
+        let view = self.view();
+        let mut ranges = Vec::new();
+        for segment in layout.segments(&view)? {
+            let whole = Span { start: segment.from, end: segment.from + segment.len };
+            let there = if self.is_served() { vec![whole] } else { touched(segment.region, whole) };
+            let start = segment.region.start_addr().0;
+            let range = |span: Span| RamRange { start: start + span.start, len: span.end - span.start };
+            ranges.extend(there.into_iter().map(range));
+        }
+        Ok(ranges)
+    }
+
     /// All pages that may hold something else than zeros, found without touching any: what a first copy of the memory has to
     /// move. Sorted by address, neighbours joined. Where the kernel does not say, and for memory that a page server is still
     /// filling, all of it counts.

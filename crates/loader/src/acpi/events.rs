@@ -2,7 +2,9 @@
 //! through whose interrupts they do (ACPI 6.5, sections 5.6.9 and 4.8.2.2.1.2).
 
 use acpi_tables::Aml;
-use acpi_tables::aml::{Arg, Device, EISAName, Equal, If, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate};
+use acpi_tables::aml::{
+    Arg, Device, EISAName, Equal, If, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate,
+};
 
 use super::AcpiConfig;
 
@@ -75,9 +77,9 @@ fn event_device(sources: &[(&str, u32)], sink: &mut Vec<u8>) {
     let targets: Vec<Path> = sources.iter().map(|(name, _)| Path::new(&format!("\\_SB_.{name}"))).collect();
     let notes: Vec<Notify<'_>> = targets.iter().map(|path| Notify::new(path, &CHANGED)).collect();
     let matches: Vec<Equal<'_>> = sources.iter().map(|(_, gsi)| Equal::new(&Arg(0), gsi)).collect();
-    let cases: Vec<If<'_>> = matches.iter().zip(&notes).map(|(when, note)| If::new(when, vec![note])).collect();
-    let method =
-        Method::new("_EVT".into(), 1, true, cases.iter().map(|case| -> &dyn Aml { case }).collect());
+    let cases: Vec<If<'_>> =
+        matches.iter().zip(&notes).map(|(when, note)| If::new(when, vec![note])).collect();
+    let method = Method::new("_EVT".into(), 1, true, cases.iter().map(|case| -> &dyn Aml { case }).collect());
     let (hid, crs) = (Name::new("_HID".into(), &"ACPI0013"), Name::new("_CRS".into(), &resources));
     Device::new(EVENT_DEVICE.into(), vec![&hid, &crs, &method]).to_aml_bytes(sink);
 }

@@ -115,7 +115,7 @@ impl ImageLayout {
     }
 
     /// The parts of regions that the image is made of, in its order.
-    pub(super) fn segments<'a>(&self, map: &'a MemoryMap) -> Result<Vec<Segment<'a>>> {
+    pub(crate) fn segments<'a>(&self, map: &'a MemoryMap) -> Result<Vec<Segment<'a>>> {
         let mut segments = Vec::new();
         for &(offset, RamRange { start, len }) in &self.ranges {
             let mut done = 0;
@@ -136,13 +136,13 @@ impl ImageLayout {
 
 /// Part of a region, and its place in the image.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Segment<'a> {
-    pub(super) region: &'a Region,
+pub(crate) struct Segment<'a> {
+    pub(crate) region: &'a Region,
     /// Offset in the region.
-    pub(super) from: u64,
-    pub(super) len: u64,
+    pub(crate) from: u64,
+    pub(crate) len: u64,
     /// Offset in the image.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
 }
 
 fn range(region: &Region) -> RamRange {

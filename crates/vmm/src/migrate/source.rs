@@ -159,12 +159,12 @@ impl<S: Read + Write> Sender<'_, S> {
             self.report.rounds = round;
             let dirty = source.collect()?;
             let left = dirty.iter().map(DirtyPages::count).sum::<u64>().saturating_mul(PAGE_SIZE);
-            let rate = bytes as f64 / began.elapsed().as_secs_f64().max(1e-6);
-            let downtime = left as f64 / rate.max(1.0);
+            // As quickly as the last round went.
+            let nanos = began.elapsed().as_nanos().saturating_mul(left.into()) / u128::from(bytes.max(1));
             began = Instant::now();
             bytes = self.dirty(&memory, &dirty)?.max(PAGE_SIZE);
             // What was written while these were copied is about as much as they are, by their share of the time.
-            if downtime <= options.max_downtime.as_secs_f64() {
+            if nanos <= options.max_downtime.as_nanos() {
                 return Ok(());
             }
         }
@@ -199,7 +199,7 @@ impl<S: Read + Write> Sender<'_, S> {
 
     /// Sends all pages that hold something: the target's are zeros.
     fn everything(&mut self, memory: &GuestMem) -> Result<u64> {
-        let touched = memory.working_set()?;
+        let touched = memory.content(&ImageLayout::of_all(memory)?)?;
         let pages =
             touched.iter().flat_map(|range| (0..range.len / PAGE_SIZE).map(|n| range.start + n * PAGE_SIZE));
         let total = touched.iter().map(|range| range.len).sum();
