@@ -29,7 +29,7 @@ pub(crate) fn ps(args: &Ps) -> Result<ExitCode, Failure> {
 }
 
 /// What a list tells of a machine.
-pub(super) fn row(entry: &Entry) -> Value {
+pub(crate) fn row(entry: &Entry) -> Value {
     let note = entry.note();
     let mut row = json!({
         "name": entry.name.as_str(),
@@ -98,7 +98,7 @@ fn cells(row: &Value) -> [String; 7] {
 }
 
 /// Columns as wide as their widest cell.
-pub(super) fn aligned<const N: usize>(table: &[[String; N]]) -> String {
+pub(crate) fn aligned<const N: usize>(table: &[[String; N]]) -> String {
     let mut widths = [0; N];
     for row in table {
         for (width, cell) in widths.iter_mut().zip(row) {
