@@ -240,12 +240,6 @@ impl Stack {
         self.sockets.remove(connection.handle);
         count(&self.store.counters().connections_destroyed);
     }
-
-    /// Whether there is a connection.
-    #[cfg(test)]
-    pub(super) fn connections(&self) -> usize {
-        self.connections.iter().filter(|connection| connection.established).count()
-    }
 }
 
 impl Connection {
