@@ -10,6 +10,7 @@ pub mod lapic;
 pub mod msr;
 mod run;
 pub mod stats;
+pub mod template;
 mod thread;
 
 pub use boot::{BootState, configure_boot};
@@ -19,4 +20,5 @@ pub use dispatch::{Dispatcher, KVM_ENOSYS, Refused, Step, StopReason};
 pub use error::{Error, Result};
 pub use run::{ACK_TIMEOUT, Control, Outcome, RunLoop, State, Turn};
 pub use stats::{ExitStats, NoObserver, Observer};
+pub use template::CpuTemplate;
 pub use thread::{Ended, VcpuThread, spawn_vcpu};
