@@ -19,7 +19,7 @@ use crate::device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice
 use crate::worker::{QueueWorker, RequestHandler};
 use crate::{Error, Result};
 use handle::Shared;
-pub use handle::{BalloonCounts, BalloonHandle, HintRun};
+pub use handle::{BalloonCounts, BalloonHandle, HintRun, HintingStatus};
 pub use statistics::BalloonStatistics;
 
 /// Feature bits of this device type that can be offered, as masks (5.5.3).
