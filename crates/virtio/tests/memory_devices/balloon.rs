@@ -292,6 +292,40 @@ fn when_the_driver_has_no_more_hints_it_may_use_its_pages() {
 }
 
 #[test]
+fn a_driver_that_is_to_hold_its_pages_waits_for_the_host() {
+    let (mut rig, handle) = started();
+    assert_eq!(handle.hinting_status().guest_command, None);
+    handle.start_hinting_and_hold().unwrap();
+    let id = rig.config_u32(COMMAND);
+    command(&mut rig, id);
+    command(&mut rig, 0);
+    let status = handle.hinting_status();
+    assert_eq!(
+        (status.run, status.host_command, status.guest_command),
+        (HintRun::Finished, id, Some(0)),
+        "it was not told that it may use its pages"
+    );
+    hint(&mut rig, FREE);
+    assert_eq!(rig.read::<u8>(FREE), 1);
+    handle.stop_hinting();
+    assert_eq!((rig.config_u32(COMMAND), handle.hint_run()), (1, HintRun::Idle));
+}
+
+#[test]
+fn the_interval_of_statistics_is_what_was_set_last() {
+    let handle = Balloon::new(BalloonConfig::new()).unwrap().handle();
+    assert_eq!(
+        (handle.statistics_interval(), handle.has_statistics(), handle.has_hinting()),
+        (None, true, false)
+    );
+    let second = std::time::Duration::from_secs(1);
+    handle.set_statistics_interval(Some(second)).unwrap();
+    assert_eq!(handle.statistics_interval(), Some(second));
+    handle.set_statistics_interval(None).unwrap();
+    assert_eq!(handle.statistics_interval(), None);
+}
+
+#[test]
 fn the_host_can_end_a_run_and_later_hints_are_ignored() {
     let (mut rig, handle) = started();
     handle.start_hinting().unwrap();
