@@ -5,6 +5,7 @@ pub mod conformance;
 pub mod driver;
 mod error;
 pub mod hostile;
+pub mod life;
 mod log;
 mod msi;
 pub mod scripted;
