@@ -49,21 +49,21 @@
 use crate::PARAMS;
 
 /// Word of the parameter block with the mode: 0 for all, 1 for the short mode.
-pub const MODE: u64 = 0;
+pub const MODE: usize = 0;
 /// Word that is told in every line.
-pub const SALT: u64 = 1;
+pub const SALT: usize = 1;
 /// Word with the port of the short mode, 0xE9 at first.
-pub const PORT: u64 = 2;
+pub const PORT: usize = 2;
 /// Word that says how often the short mode writes to its port, 1 at first.
-pub const EVERY: u64 = 3;
+pub const EVERY: usize = 3;
 /// Word with the number of the short mode.
-pub const COUNT: u64 = 8;
+pub const COUNT: usize = 8;
 /// Word that has to be [`mix`] of the number.
-pub const CHECK: u64 = 9;
+pub const CHECK: usize = 9;
 
 /// The guest-physical address of a word of the parameter block.
-pub const fn word(word: u64) -> u64 {
-    PARAMS + 8 * word
+pub const fn word(word: usize) -> u64 {
+    PARAMS + 8 * word as u64
 }
 
 /// Bytes of a record.
