@@ -99,6 +99,14 @@ impl DirtyLog for KvmVm {
     fn take(&self, slot: u32) -> Result<Vec<u64>> {
         self.0.slots.take_dirty(slot)
     }
+
+    fn slots(&self) -> Vec<(u32, u64, u64)> {
+        self.0.slots.writable()
+    }
+
+    fn set_logging(&self, slot: u32, on: bool) -> Result<()> {
+        self.0.slots.set_logging(slot, on)
+    }
 }
 
 impl AsFd for KvmVm {

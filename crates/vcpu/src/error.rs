@@ -60,6 +60,12 @@ pub enum Error {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// The vCPU's state was asked for while it was not paused.
+    #[error("vCPU {index} is not paused")]
+    NotPaused {
+        /// Number of the vCPU.
+        index: u32,
+    },
     /// The host gives no thread.
     #[error("cannot start the thread of vCPU {index}")]
     Thread {

@@ -9,6 +9,7 @@ mod error;
 pub mod lapic;
 pub mod msr;
 mod run;
+pub mod state;
 pub mod stats;
 mod thread;
 

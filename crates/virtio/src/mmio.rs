@@ -17,6 +17,7 @@ use crate::device::VirtioDevice;
 use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
 use crate::stats::DeviceStats;
 use crate::transport::{DeviceCore, Half, Kicks, QueueArea, TransportOps};
+use freestone_snapshot::{Restoring, Saving};
 
 /// Length of the register window in bytes: registers, then the configuration space.
 pub const MMIO_LEN: u64 = 0x1000;
@@ -332,6 +333,14 @@ impl Lifecycle for MmioTransport {
 
     fn shutdown(&self) -> Result<()> {
         self.shutdown()
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
+    }
+
+    fn restore(&self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
     }
 
     fn unplug(&self) {

@@ -39,6 +39,22 @@ pub enum Error {
         /// The state it is in.
         state: &'static str,
     },
+    /// The hypervisor cannot save a VM.
+    #[error("this hypervisor cannot save a VM")]
+    NotSaved,
+    /// The snapshot is of another machine than the one that was built for it.
+    #[error("the snapshot is of a machine with another {what}: it has {saved}, this one has {built}")]
+    Differs {
+        /// What differs.
+        what: &'static str,
+        /// In the snapshot.
+        saved: String,
+        /// In the machine that was built.
+        built: String,
+    },
+    /// The snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] freestone_snapshot::Error),
     /// The host failed.
     #[error("cannot {op}")]
     Io {

@@ -270,6 +270,16 @@ impl DirtyLog for ScriptedVm {
     fn take(&self, slot: u32) -> Result<Vec<u64>> {
         self.shared.slots.take_dirty(slot)
     }
+
+    fn slots(&self) -> Vec<(u32, u64, u64)> {
+        let slots = self.shared.slots.list();
+        let writable = slots.iter().filter(|slot| !slot.flags.contains(MapFlags::READ_ONLY));
+        writable.map(|slot| (slot.slot, slot.gpa, slot.len)).collect()
+    }
+
+    fn set_logging(&self, slot: u32, on: bool) -> Result<()> {
+        self.shared.slots.set_logging(slot, on)
+    }
 }
 
 impl fmt::Debug for ScriptedVm {

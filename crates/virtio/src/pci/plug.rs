@@ -9,6 +9,7 @@ use super::{PciTransport, PciWiring};
 use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
 use crate::stats::DeviceStats;
 use crate::{Result, VirtioDevice};
+use freestone_snapshot::{Restoring, Saving};
 
 /// A virtio device that can be plugged into a machine as a function of PCI. A PCI root must be there before it.
 #[derive(Debug)]
@@ -69,6 +70,14 @@ impl Lifecycle for Placed {
 
     fn shutdown(&self) -> Result<()> {
         self.transport.shutdown()
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
+    }
+
+    fn restore(&self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
     }
 
     fn unplug(&self) {
