@@ -32,7 +32,7 @@ fn machine(kvm: &Kvm, dir: &Path, transport: Transport, console: &Console, words
     let image = Arc::new(RawImage::open(&disk, RawOptions::new()).unwrap());
     let block = blk::Block::new(image, blk::BlockConfig::new());
     let net = Net::new(Nat::new(NatConfig::default()).unwrap(), NetConfig::new()).unwrap();
-    let host = UnixHost::bind(&dir.join("v.sock"), UnixHost::DEFAULT_MODE).unwrap();
+    let host = UnixHost::bind(dir.join("v.sock"), UnixHost::DEFAULT_MODE).unwrap();
     let vsock = Vsock::new(host, VsockConfig::new(3)).unwrap();
     MachineBuilder::new(kvm)
         .memory(GuestMem::anonymous(8 << 20).unwrap())
