@@ -37,7 +37,7 @@
 //! - `irq` counts the timer's interrupts, `second` the rounds of the second processor, `ipi` its interrupts.
 //! - `clock` is KVM's paravirtual clock in nanoseconds, `tsc` the time stamp counter. Neither may go back, which the program sees to.
 //!
-//! The end is `life done N` and power-off, or `LIFE BAD what in round N` and a failure as [`DEMO`](crate::DEMO) has it. A device that does
+//! The end is `life done N` and power-off, after `rounds=` or when an `e` was typed on COM1 (`end`), or `LIFE BAD what in round N` and a failure as [`DEMO`](crate::DEMO) has it. A device that does
 //! not answer for some ten seconds of the program's own time is bad. Time in which the program did not run is not counted.
 //!
 //! # The short mode
