@@ -4,6 +4,7 @@
 pub mod conformance;
 pub mod driver;
 mod error;
+pub mod footprint;
 pub mod hostile;
 pub mod life;
 mod log;
