@@ -64,6 +64,14 @@ pub enum Error {
         /// The value in the saved state.
         value: u64,
     },
+    /// A device cannot be saved or restored while it works.
+    #[error("cannot {op} device {device} while it works: it must be paused, or new")]
+    Busy {
+        /// What was being done: `save` or `restore`.
+        op: &'static str,
+        /// The device.
+        device: String,
+    },
     /// A state cannot be written to a snapshot, or read from it.
     #[error("cannot {op} the state of a device")]
     State {

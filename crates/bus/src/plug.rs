@@ -106,6 +106,18 @@ pub enum FixedHardware {
     },
     /// An i8042 keyboard controller.
     Keyboard8042,
+    /// The generation ID of the virtual machine, 16 bytes in reserved memory.
+    GenerationId {
+        /// Guest-physical address.
+        address: u64,
+        /// Global system interrupt, edge-triggered, that tells of a change.
+        gsi: u32,
+    },
+    /// A power button (ACPI 6.5, section 4.8.2.2.1.2).
+    PowerButton {
+        /// Global system interrupt, edge-triggered, that tells of a press.
+        gsi: u32,
+    },
     /// A CMOS real-time clock at ports 0x70 and 0x71.
     CmosRtc {
         /// CMOS register of the century; 0: none.

@@ -132,6 +132,10 @@ pub(crate) struct Run {
     #[arg(long)]
     pub(crate) prefault: bool,
 
+    /// Log what guest and devices write, so that snapshots can be made of the differences only.
+    #[arg(long)]
+    pub(crate) track_dirty: bool,
+
     /// How the guest finds its virtio devices.
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Transport::Pci)]
     pub(crate) transport: Transport,

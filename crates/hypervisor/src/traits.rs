@@ -6,7 +6,9 @@ use bitflags::bitflags;
 use freestone_bus::{Doorbells, IrqChip, MemorySlots};
 use freestone_memory::Region;
 
-use crate::x86::{ClockPolicy, ClockState, CpuidLeaf, MpState, Msr, Regs, SpecialRegs, VcpuState, VmState};
+use crate::x86::{
+    ClockPolicy, ClockState, CpuidLeaf, HostCpu, MpState, Msr, Regs, SpecialRegs, VcpuState, VmState,
+};
 use crate::{Error, Exit, Result};
 
 /// A hypervisor: makes VMs.
@@ -31,6 +33,14 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// If the hypervisor cannot tell.
     fn supported_cpuid(&self) -> Result<Vec<CpuidLeaf>>;
+
+    /// What a saved vCPU is compared with before it is restored.
+    ///
+    /// # Errors
+    /// If the hypervisor cannot tell.
+    fn host_cpu(&self) -> Result<HostCpu> {
+        Ok(HostCpu { cpuid: self.supported_cpuid()?, ..HostCpu::default() })
+    }
 }
 
 bitflags! {
@@ -230,14 +240,26 @@ pub trait CpuState {
         Err(Error::Unsupported("saving a vCPU"))
     }
 
-    /// Becomes what was saved. Call it on a vCPU that did not run yet, when the VM has its interrupt controller. The state
-    /// may come from anywhere.
+    /// Becomes what was saved. Call it on a vCPU that did not run yet, when the VM has its interrupt controller and the
+    /// guest's memory is mapped and filled. The state may come from anywhere.
+    ///
+    /// The time-stamp counter goes on from its saved value. vCPUs whose counters agreed when they were saved agree again if
+    /// all are restored within a second.
     ///
     /// # Errors
-    /// If the hypervisor refuses a part of it, which the error names.
+    /// If the hypervisor refuses a part of it, which the error names. The vCPU is then of no use.
     fn restore(&mut self, state: &VcpuState) -> Result<()> {
         let _ = state;
         Err(Error::Unsupported("restoring a vCPU"))
+    }
+
+    /// Tells the guest, if it has a way to listen, that it was paused, so that its watchdogs do not take the time for a
+    /// hang. Call it before a vCPU goes on that was paused; [`restore`](Self::restore) does it by itself.
+    ///
+    /// # Errors
+    /// If the hypervisor fails.
+    fn tell_paused(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// Whether the vCPU runs or waits.

@@ -217,7 +217,7 @@ pub struct VcpuEvents {
 /// Everything of a vCPU that its guest can tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VcpuState {
-    /// What CPUID tells the guest.
+    /// What CPUID tells the guest, as it was set ([`set_cpuid`](crate::CpuState::set_cpuid)).
     pub cpuid: Vec<CpuidLeaf>,
     /// Frequency of the time-stamp counter in kHz, where the hypervisor knows it.
     pub tsc_khz: Option<u32>,
@@ -294,4 +294,19 @@ pub enum ClockPolicy {
     Continue,
     /// It goes forward by the time that passed in the world.
     Advance,
+}
+
+/// What a host's processor and hypervisor can give a vCPU, to tell whether a saved one fits.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct HostCpu {
+    /// The leaves of [`Hypervisor::supported_cpuid`](crate::Hypervisor::supported_cpuid).
+    pub cpuid: Vec<CpuidLeaf>,
+    /// Frequency of the time-stamp counter in kHz that a vCPU has if nobody sets another, where it is known.
+    pub tsc_khz: Option<u32>,
+    /// Whether a vCPU's time-stamp counter may run at another frequency than the host's.
+    pub tsc_scaling: bool,
+    /// Bytes of the largest [`VcpuState::xsave`] that it takes, where it is known.
+    pub xsave_len: Option<usize>,
+    /// The model-specific registers that it can save and restore, sorted, where they are known.
+    pub msrs: Option<Vec<u32>>,
 }

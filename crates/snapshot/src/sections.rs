@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Read;
 
-use crate::{Error, Header, Reader, Restoring, Result, Section, SectionReader, section};
+use crate::{Error, Header, Reader, Restoring, Result, Section, SectionReader, State, section};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Body {
@@ -80,6 +80,23 @@ impl Sections {
     /// [`Error::Missing`], and those of [`SectionReader::decode`].
     pub fn take<S: Section>(&mut self) -> Result<S> {
         self.take_if_present()?.ok_or_else(|| Error::Missing { name: S::NAME.to_owned() })
+    }
+
+    /// Decodes the section of `S` and leaves it where it is.
+    ///
+    /// # Errors
+    ///
+    /// As [`take`](Self::take).
+    pub fn peek<S: Section>(&self) -> Result<S> {
+        let body = self.bodies.get(S::NAME).ok_or_else(|| Error::Missing { name: S::NAME.to_owned() })?;
+        section::check::<S>(S::NAME, body.version)?;
+        section::decode(S::NAME, body.version, body.bytes.clone())
+    }
+
+    /// The sections that nobody took, to be written again as they are.
+    #[must_use]
+    pub fn into_state(self) -> State {
+        State::from_bodies(self.bodies)
     }
 
     /// Takes the section of `S`, if there is one.

@@ -49,6 +49,25 @@ impl State {
         Ok(())
     }
 
+    /// Adds all sections of `other`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Doubled`]; nothing was added then.
+    pub fn absorb(&mut self, other: Self) -> Result<()> {
+        match other.bodies.keys().find(|name| self.bodies.contains_key(*name)) {
+            Some(name) => Err(Error::Doubled { name: name.clone() }),
+            None => {
+                self.bodies.extend(other.bodies);
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn from_bodies(bodies: BTreeMap<String, Body>) -> Self {
+        Self { bodies }
+    }
+
     /// What `instance`, such as a device by its name, adds its states by.
     pub fn of<'a>(&'a mut self, instance: &'a str) -> Saving<'a> {
         Saving { state: self, instance }

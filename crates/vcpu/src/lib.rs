@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
+pub mod compat;
 pub mod cpuid;
 mod crash;
 mod dispatch;
@@ -14,10 +15,12 @@ pub mod stats;
 mod thread;
 
 pub use boot::{BootState, configure_boot};
+pub use compat::{Mismatch, Severity};
 pub use cpuid::{CpuidConfig, Topology};
 pub use crash::Crash;
 pub use dispatch::{Dispatcher, KVM_ENOSYS, Refused, Step, StopReason};
 pub use error::{Error, Result};
 pub use run::{ACK_TIMEOUT, Control, Outcome, RunLoop, State, Turn};
+pub use state::{VcpuSection, VmSection};
 pub use stats::{ExitStats, NoObserver, Observer};
 pub use thread::{Ended, VcpuThread, spawn_vcpu};

@@ -8,10 +8,12 @@ mod exit;
 mod firmware;
 mod inventory;
 mod machine;
+pub mod migrate;
 mod paused;
 mod payload;
 mod restore;
 mod saved;
+pub mod store;
 mod vcpus;
 
 pub use builder::MachineBuilder;

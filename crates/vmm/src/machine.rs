@@ -6,7 +6,7 @@ use std::sync::Arc;
 use freestone_bus::{EventLoop, Task, Work, spawn};
 use freestone_hypervisor::x86::{ClockPolicy, ClockState};
 use freestone_hypervisor::{Hypervisor, Vm};
-use freestone_memory::GuestMem;
+use freestone_memory::{DirtyPages, GuestMem};
 use freestone_vcpu::stats::{Snapshot, StatsReader};
 
 use crate::board::Board;
@@ -14,6 +14,8 @@ use crate::builder::MachineBuilder;
 use crate::exit::{ExitReason, Shared};
 use crate::inventory::Inventory;
 use crate::paused::Paused;
+use crate::saved::MachineSection;
+use crate::store::Tracker;
 use crate::vcpus::Vcpus;
 use crate::{Error, Result};
 
@@ -71,8 +73,10 @@ pub struct Machine<H: Hypervisor> {
     event_loop: EventLoop,
     shared: Arc<Shared>,
     pub(crate) vm: H::Vm,
-    memory: GuestMem,
+    pub(crate) memory: GuestMem,
     state: State,
+    /// The log of writes, while differences are asked for.
+    pub(crate) tracker: Option<Tracker>,
     /// What the guest's clock is set to when a restored machine goes on.
     clock: Option<(ClockState, ClockPolicy)>,
 }
@@ -94,7 +98,18 @@ impl<H: Hypervisor> Machine<H> {
 
     pub(crate) fn assemble(parts: Parts<H>) -> Self {
         let Parts { vm, memory, board, inventory, event_loop, shared, vcpus } = parts;
-        Self { vcpus, inventory, board, event_loop, shared, vm, memory, state: State::Created, clock: None }
+        Self {
+            vcpus,
+            inventory,
+            board,
+            event_loop,
+            shared,
+            vm,
+            memory,
+            state: State::Created,
+            tracker: None,
+            clock: None,
+        }
     }
 
     /// The machine as one that was saved and is to go on.
@@ -258,6 +273,37 @@ impl<H: Hypervisor> Machine<H> {
         &self.inventory
     }
 
+    /// Whether writes are logged for differences: see [`Paused::track`].
+    pub fn is_tracked(&self) -> bool {
+        self.tracker.is_some()
+    }
+
+    /// What the machine is made of, as a snapshot says it: for the target of a [migration](crate::migrate::send).
+    pub fn describe(&self) -> MachineSection {
+        MachineSection::new(self.vcpus.len(), &self.memory, self.board.has_irq_chip())
+    }
+
+    /// Begins to log what guest and devices write, also while the machine runs; whether memory and hypervisor can. A log that was kept for
+    /// differences goes on from here: the next difference needs a full snapshot before it.
+    pub(crate) fn begin_tracking(&mut self) -> Result<bool> {
+        let Some(log) = self.vm.dirty_log().filter(|_| self.memory.logs_dirty()) else { return Ok(false) };
+        let mut tracker = Tracker::default();
+        tracker.start(log, &self.memory)?;
+        self.tracker = Some(tracker);
+        Ok(true)
+    }
+
+    /// The pages that were written since the last call; whoever calls keeps them.
+    pub(crate) fn take_written(&mut self) -> Result<Vec<DirtyPages>> {
+        match (&mut self.tracker, self.vm.dirty_log()) {
+            (Some(tracker), Some(log)) => {
+                tracker.collect(log, &self.memory)?;
+                Ok(tracker.take_pages())
+            }
+            _ => Err(Error::NotTracked),
+        }
+    }
+
     /// The clock of a restored machine that did not go on yet.
     pub(crate) fn clock(&self) -> Option<ClockState> {
         self.clock.map(|(clock, _)| clock)
@@ -270,6 +316,12 @@ impl<H: Hypervisor> Machine<H> {
 
     fn expect(&self, doing: &'static str, wanted: State) -> Result<()> {
         if self.state == wanted { Ok(()) } else { Err(Error::State { doing, state: self.state.name() }) }
+    }
+}
+
+impl<H: Hypervisor> AsMut<Self> for Machine<H> {
+    fn as_mut(&mut self) -> &mut Self {
+        self
     }
 }
 

@@ -29,13 +29,13 @@ impl<'m, H: Hypervisor> Paused<'m, H> {
         let mut state = State::new();
         let vcpus = machine.vcpus.save()?;
         state.put(&MachineSection::new(vcpus.len(), machine.memory(), machine.board.has_irq_chip()))?;
-        for (index, vcpu) in vcpus.iter().enumerate() {
-            state.put_instance(&index.to_string(), &VcpuSection::from(vcpu))?;
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            state.put_instance(&index.to_string(), &VcpuSection::try_from(vcpu)?)?;
         }
         let mut saved = machine.vm.state().ok_or(Error::NotSaved)?.save()?;
         // Of a restored machine that did not go on yet, the clock was not set yet.
         saved.clock = clock.or(saved.clock);
-        state.put(&VmSection::from(&saved))?;
+        state.put(&VmSection::try_from(saved)?)?;
         machine.inventory.save(&mut state)?;
         Ok(state)
     }
@@ -45,16 +45,12 @@ impl<'m, H: Hypervisor> Paused<'m, H> {
         self.0.memory()
     }
 
-    /// Begins or ends the hypervisor's log of the pages that the guest writes to. What was logged before is forgotten.
-    ///
-    /// # Errors
-    /// [`Error::NotSaved`] if the hypervisor keeps no log, or as it fails.
-    pub fn log_writes(&mut self, on: bool) -> Result<()> {
-        let log = self.0.vm().dirty_log().ok_or(Error::NotSaved)?;
-        for (slot, ..) in log.slots() {
-            log.set_logging(slot, on)?;
-        }
-        Ok(())
+    pub(crate) fn machine(&mut self) -> &mut Machine<H> {
+        self.0
+    }
+
+    pub(crate) fn machine_ref(&self) -> &Machine<H> {
+        self.0
     }
 
     /// The machine, to let it go on.

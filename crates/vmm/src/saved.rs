@@ -1,5 +1,6 @@
 //! What a snapshot says of the machine itself.
 
+use freestone_memory::image::ImageLayout;
 use freestone_memory::layout::RamRange;
 use freestone_memory::{GuestMem, GuestMemoryRegion};
 use freestone_snapshot::Section;
@@ -44,6 +45,18 @@ impl MachineSection {
     /// Whether the hypervisor has the interrupt controller.
     pub fn irq_chip(&self) -> bool {
         self.irq_chip
+    }
+
+    /// Fails unless an image of this layout begins with the RAM, so that it can be mapped.
+    pub(crate) fn check_layout(&self, layout: &ImageLayout) -> Result<()> {
+        let begins = self.ram.len() <= MAX_RANGES
+            && layout.ranges().len() >= self.ram.len()
+            && layout.ranges().zip(&self.ram).all(|(a, &(start, len))| (a.start, a.len) == (start, len));
+        if begins && !self.ram.is_empty() {
+            return Ok(());
+        }
+        let found: Vec<_> = layout.ranges().take(MAX_RANGES).map(|range| (range.start, range.len)).collect();
+        Err(Error::Differs { what: "layout of RAM", saved: show(&self.ram), built: show(&found) })
     }
 
     /// Fails unless a machine of the shape `built` can become the one that was saved.

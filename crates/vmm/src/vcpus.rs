@@ -71,6 +71,11 @@ impl<V: Vcpu + 'static> Vcpus<V> {
         self.threads.iter().try_for_each(|t| t.control().pause().map_err(Error::Vcpu))
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.idle.len() + self.threads.len()
+    }
+
     /// Whether they have threads.
     pub(crate) fn started(&self) -> bool {
         !self.threads.is_empty()

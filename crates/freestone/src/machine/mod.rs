@@ -7,10 +7,12 @@
 
 mod command;
 mod config;
+mod restore;
 mod snapshot;
 mod vm;
 
 pub(crate) use command::Commander;
 pub(crate) use config::{Config, ConfigSection};
-pub(crate) use snapshot::{Kind, SnapshotReport, SnapshotRequest};
+pub(crate) use restore::{Named, Remap, RestoreRequest, restore};
+pub(crate) use snapshot::{Kind, PROGRAM, SnapshotRequest};
 pub(crate) use vm::{Origin, Status, Vm};

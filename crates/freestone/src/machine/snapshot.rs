@@ -1,48 +1,48 @@
-//! Saving a machine to files, and what is read from them.
+//! Saving a machine of the reference VMM to files.
 
-use std::path::PathBuf;
+use freestone_vmm::snapshot::State;
+use freestone_vmm::store::{StoreOptions, StorePaths, StoreReport};
 
+pub(crate) use freestone_vmm::store::Kind;
+
+use super::config::ConfigSection;
 use crate::failure::Failure;
 use crate::machine::Vm;
 
-/// What of memory a snapshot has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Kind {
-    /// All of it.
-    #[default]
-    Full,
-    /// What was written since the last snapshot, or since the restore.
-    Diff,
-}
+/// What is said of who wrote a snapshot.
+pub(crate) const PROGRAM: &str = concat!("freestone ", env!("CARGO_PKG_VERSION"));
 
 /// A snapshot that is to be made.
 #[derive(Debug, Clone)]
 pub(crate) struct SnapshotRequest {
-    /// File for the state.
-    pub(crate) state: PathBuf,
-    /// File for the memory.
-    pub(crate) memory: PathBuf,
+    /// Where to.
+    pub(crate) paths: StorePaths,
     /// How much of the memory.
     pub(crate) kind: Kind,
 }
 
-/// A snapshot that was made.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct SnapshotReport {
-    /// Bytes of memory that were written.
-    pub(crate) written: u64,
-    /// Bytes of guest memory in all.
-    pub(crate) memory: u64,
-}
-
 impl Vm {
-    /// Saves the machine, which must be paused. `progress` is told bytes done and bytes in all.
+    /// Saves the machine, which must be paused. `progress` is told bytes of memory done and in all.
     pub(crate) fn snapshot(
         &mut self,
         request: &SnapshotRequest,
         progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<SnapshotReport, Failure> {
-        let _ = (request, progress);
-        Err(Failure::new("not yet"))
+    ) -> Result<StoreReport, Failure> {
+        let extra = self.own_sections()?;
+        let track = self.tracks && !self.machine.is_tracked();
+        let mut paused = self.machine.paused()?;
+        if track {
+            paused.track(true)?;
+        }
+        let mut options = StoreOptions::new(PROGRAM);
+        options.kind = request.kind;
+        Ok(paused.store(&request.paths, &options, extra, progress)?)
+    }
+
+    /// What a snapshot keeps beside the machine: by what it can be made again.
+    pub(super) fn own_sections(&self) -> Result<State, Failure> {
+        let mut state = State::new();
+        state.put(&ConfigSection::from(self.config()))?;
+        Ok(state)
     }
 }

@@ -61,6 +61,8 @@ pub(crate) struct Vm {
     pub(crate) console: Option<ConsoleHandle>,
     config: Config,
     cpus: u32,
+    /// Whether writes are to be logged, for differences.
+    pub(super) tracks: bool,
     jobs: Receiver<Job>,
     commander: Commander,
 }
@@ -116,6 +118,7 @@ impl Vm {
             console: attached.console,
             config,
             cpus: run.cpus,
+            tracks: run.track_dirty,
             jobs,
             commander,
         })
@@ -182,7 +185,11 @@ fn memory(args: &Run) -> Result<GuestMem, Failure> {
         MemoryBacking::Huge2m => Backing::HugePages(HugePageSize::Size2M),
         MemoryBacking::Huge1g => Backing::HugePages(HugePageSize::Size1G),
     };
-    Ok(GuestMemBuilder::new(args.memory).backing(backing).prefault(args.prefault).build()?)
+    Ok(GuestMemBuilder::new(args.memory)
+        .backing(backing)
+        .prefault(args.prefault)
+        .dirty_log(args.track_dirty)
+        .build()?)
 }
 
 fn payload(args: &Run) -> Result<Payload, Failure> {

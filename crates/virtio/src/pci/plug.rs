@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use freestone_bus::pci::{PciAddress, PciSegment};
 use freestone_bus::{Device, Plug, Wiring};
+use freestone_snapshot::{Restoring, Saving};
 
 use super::{PciTransport, PciWiring};
 use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
@@ -73,11 +74,11 @@ impl Lifecycle for Placed {
     }
 
     fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
-        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
+        self.transport.save_at(Some(self.address), state)
     }
 
     fn restore(&self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
-        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
+        self.transport.restore_at(Some(self.address), state)
     }
 
     fn unplug(&self) {
