@@ -13,29 +13,39 @@ use freestone_guest::life;
 use freestone_testkit::life::{Checker, EchoServer};
 use freestone_vmm::block::{RawImage, RawOptions};
 use freestone_vmm::devices::{I8042Plug, PciRootPlug, PowerPlug, PvPanicPlug, SerialPlug};
+use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::kvm::Kvm;
-use freestone_vmm::memory::GuestMem;
+use freestone_vmm::memory::{Bytes, GuestAddress, GuestMem};
 use freestone_vmm::net::nat::{Nat, NatConfig};
+use freestone_vmm::snapshot::{Arch, Header};
 use freestone_vmm::virtio::net::{Net, NetConfig};
 use freestone_vmm::virtio::vsock::{UnixHost, Vsock, VsockConfig};
 use freestone_vmm::virtio::{Transport, VirtioPlug, blk};
 use freestone_vmm::{Attention, ExitReason, Machine, MachineBuilder, Payload};
 
+/// Bytes of memory.
+const MEMORY: u64 = 8 << 20;
 /// Bytes of the disk.
 const DISK: usize = 512 * 1024;
 const PORT: u32 = 5000;
+/// How often a guest is saved and restored.
+const RESTORES: u64 = 8;
 
-/// A machine in `dir` with two processors, a disk, a card on a NAT and a vsock socket.
-fn machine(kvm: &Kvm, dir: &Path, transport: Transport, console: &Console, words: &str) -> Machine<Kvm> {
-    let disk = dir.join("disk.raw");
-    std::fs::write(&disk, vec![0; DISK]).unwrap();
-    let image = Arc::new(RawImage::open(&disk, RawOptions::new()).unwrap());
+/// What is in a machine in `dir`: two processors, a disk, a card on a NAT and a vsock socket.
+fn parts<'h>(
+    kvm: &'h Kvm,
+    dir: &Path,
+    transport: Transport,
+    console: &Console,
+    memory: GuestMem,
+) -> MachineBuilder<'h, Kvm> {
+    let image = Arc::new(RawImage::open(dir.join("disk.raw"), RawOptions::new()).unwrap());
     let block = blk::Block::new(image, blk::BlockConfig::new());
     let net = Net::new(Nat::new(NatConfig::default()).unwrap(), NetConfig::new()).unwrap();
     let host = UnixHost::bind(dir.join("v.sock"), UnixHost::DEFAULT_MODE).unwrap();
     let vsock = Vsock::new(host, VsockConfig::new(3)).unwrap();
     MachineBuilder::new(kvm)
-        .memory(GuestMem::anonymous(8 << 20).unwrap())
+        .memory(memory)
         .cpus(2)
         .device(SerialPlug::com1(console.clone(), None))
         .device(PowerPlug::new())
@@ -45,6 +55,12 @@ fn machine(kvm: &Kvm, dir: &Path, transport: Transport, console: &Console, words
         .device(VirtioPlug::new(transport, block, "vda"))
         .device(VirtioPlug::new(transport, net, "net0"))
         .device(VirtioPlug::new(transport, vsock, "vsock"))
+}
+
+/// Such a machine with the guest, and an empty disk.
+fn machine(kvm: &Kvm, dir: &Path, transport: Transport, console: &Console, words: &str) -> Machine<Kvm> {
+    std::fs::write(dir.join("disk.raw"), vec![0; DISK]).unwrap();
+    parts(kvm, dir, transport, console, GuestMem::anonymous(MEMORY).unwrap())
         .payload(Payload::Image { bytes: Cow::Borrowed(freestone_guest::LIFE), cmdline: words.to_owned() })
         .build()
         .unwrap()
@@ -74,7 +90,7 @@ fn lives_through_pauses(name: &str, transport: Transport) {
     let dir = tempfile::tempdir().unwrap();
     let console = Console::default();
     let server = EchoServer::vsock(&dir.path().join("v.sock"), PORT).unwrap();
-    let mut machine = machine(&kvm, dir.path(), transport, &console, "rounds=160 every=4 spin=5000");
+    let mut machine = machine(&kvm, dir.path(), transport, &console, "rounds=100 every=4 spin=5000");
     machine.start().unwrap();
     let mut pauses = 0;
     let reason = loop {
@@ -94,10 +110,74 @@ fn lives_through_pauses(name: &str, transport: Transport) {
     assert!(told.contains("disk=yes vsock=yes net=yes cpus=2 timer=yes"), "{told}");
     let mut checker = Checker::new();
     checker.text(&told).unwrap();
-    assert_eq!((checker.done(), checker.lines()), (Some(160), 40), "{told}");
-    assert_eq!(server.bytes(), 160 * 32);
+    assert_eq!((checker.done(), checker.lines()), (Some(100), 25), "{told}");
+    assert_eq!(server.bytes(), 100 * 32);
     let disk = std::fs::read(dir.path().join("disk.raw")).unwrap();
-    life::check_disk(&disk, life::MAX_SECTORS, 160).unwrap();
+    life::check_disk(&disk, life::MAX_SECTORS, 100).unwrap();
+}
+
+/// Saves a machine that is paused, ends it, and makes another one of what was saved.
+fn succeed(
+    kvm: &Kvm,
+    mut machine: Machine<Kvm>,
+    dir: &Path,
+    transport: Transport,
+    console: &Console,
+) -> Machine<Kvm> {
+    let state = machine.paused().unwrap().save().unwrap();
+    let mut bytes = vec![0; usize::try_from(MEMORY).unwrap()];
+    machine.memory().view().read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    machine.stop().unwrap();
+    drop(machine);
+    let memory = GuestMem::anonymous(MEMORY).unwrap();
+    memory.view().write_slice(&bytes, GuestAddress(0)).unwrap();
+    let mut sections = state.into_sections(Header::new(Arch::host(), "test").unwrap());
+    let builder = parts(kvm, dir, transport, console, memory);
+    let machine = builder.restore(&mut sections, ClockPolicy::Advance).unwrap();
+    assert_eq!(sections.finish().unwrap(), Vec::<String>::new());
+    machine
+}
+
+fn lives_through_restores(name: &str, transport: Transport) {
+    let Some(kvm) = kvm(name) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let console = Console::default();
+    let _server = EchoServer::vsock(&dir.path().join("v.sock"), PORT).unwrap();
+    let mut machine = machine(&kvm, dir.path(), transport, &console, "every=2 spin=5000");
+    machine.start().unwrap();
+    for n in 0..RESTORES {
+        let ended = run_for(&mut machine, Duration::from_millis(30 + n * 17 % 90));
+        assert!(ended.is_none(), "{ended:?}\n{}", text(&console));
+        machine.pause().unwrap();
+        machine = succeed(&kvm, machine, dir.path(), transport, &console);
+        machine.resume().unwrap();
+    }
+    let lines = text(&console).lines().count();
+    while text(&console).lines().count() < lines + 5 {
+        let ended = run_for(&mut machine, Duration::from_millis(50));
+        assert!(ended.is_none(), "{ended:?}\n{}", text(&console));
+    }
+    machine.pause().unwrap();
+    machine.stop().unwrap();
+    let mut checker = Checker::new();
+    let told = text(&console);
+    // The last line may have been cut off.
+    let whole = told.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    checker.text(whole).unwrap();
+    let last = checker.last().unwrap();
+    assert_eq!(last.number("resets"), Some(RESTORES), "{told}");
+    let disk = std::fs::read(dir.path().join("disk.raw")).unwrap();
+    life::check_disk(&disk, life::MAX_SECTORS, last.round).unwrap();
+}
+
+#[test]
+fn a_guest_loses_nothing_as_it_is_saved_and_restored_on_pci() {
+    lives_through_restores("a_guest_loses_nothing_as_it_is_saved_and_restored_on_pci", Transport::Pci);
+}
+
+#[test]
+fn a_guest_loses_nothing_as_it_is_saved_and_restored_on_mmio() {
+    lives_through_restores("a_guest_loses_nothing_as_it_is_saved_and_restored_on_mmio", Transport::Mmio);
 }
 
 #[test]
