@@ -28,8 +28,9 @@ const MEMORY: u64 = 8 << 20;
 /// Bytes of the disk.
 const DISK: usize = 512 * 1024;
 const PORT: u32 = 5000;
-/// How often a guest is saved and restored.
+/// How often a guest is saved and restored, unless [`MOMENTS`] says how often.
 const RESTORES: u64 = 8;
+const MOMENTS: &str = "FREESTONE_LIFE_MOMENTS";
 
 /// What is in a machine in `dir`: two processors, a disk, a card on a NAT and a vsock socket.
 fn parts<'h>(
@@ -145,7 +146,8 @@ fn lives_through_restores(name: &str, transport: Transport) {
     let _server = EchoServer::vsock(&dir.path().join("v.sock"), PORT).unwrap();
     let mut machine = machine(&kvm, dir.path(), transport, &console, "every=2 spin=5000");
     machine.start().unwrap();
-    for n in 0..RESTORES {
+    let restores = std::env::var(MOMENTS).map_or(RESTORES, |n| n.parse().unwrap());
+    for n in 0..restores {
         let ended = run_for(&mut machine, Duration::from_millis(30 + n * 17 % 90));
         assert!(ended.is_none(), "{ended:?}\n{}", text(&console));
         machine.pause().unwrap();
@@ -165,7 +167,7 @@ fn lives_through_restores(name: &str, transport: Transport) {
     let whole = told.rsplit_once('\n').map_or("", |(whole, _)| whole);
     checker.text(whole).unwrap();
     let last = checker.last().unwrap();
-    assert_eq!(last.number("resets"), Some(RESTORES), "{told}");
+    assert_eq!(last.number("resets"), Some(restores), "{told}");
     let disk = std::fs::read(dir.path().join("disk.raw")).unwrap();
     life::check_disk(&disk, life::MAX_SECTORS, last.round).unwrap();
 }

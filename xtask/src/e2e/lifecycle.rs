@@ -28,7 +28,7 @@ macro_rules! built_in {
 
 /// A case that starts a guest with `$args`, and has `$options` of `xtask life host`.
 macro_rules! life {
-    ($args:expr, $options:literal) => {
+    ($args:expr, $options:expr) => {
         concat!(
             "truncate -s 64M disk.img; $TOOL life image life.elf\n",
             "echo \"echo \\$\\$ >pid; exec $VMM run ",
@@ -41,28 +41,54 @@ macro_rules! life {
     };
 }
 
+/// The process of the VMM does not run for a while.
+macro_rules! stopped {
+    () => {
+        "--moment 'kill -STOP $(cat pid); sleep 0.3; kill -CONT $(cat pid)'"
+    };
+}
+
+/// The machine stands still for a while.
+macro_rules! paused {
+    () => {
+        "--moment '$VMM pause life; sleep 0.3; $VMM resume life'"
+    };
+}
+
+/// The machine is saved, ends, and goes on in a new process.
+macro_rules! snapshot {
+    () => {
+        "--moment '$VMM pause life; $VMM snapshot life $SNAPSHOT; $VMM kill life; $VMM rm life || true; rm -f v.sock' \
+         --restore 'exec $VMM restore $SNAPSHOT --name life 2>>vmm.log'"
+    };
+}
+
 /// All cases.
 pub fn all() -> Vec<Case> {
     vec![
-        script(
-            "life_stopped_linux",
-            life!(linux!(), "--moment 'kill -STOP $(cat pid); sleep 0.5; kill -CONT $(cat pid)'"),
-            0,
-            clean,
-        ),
-        script(
-            "life_stopped_builtin",
-            life!(built_in!(), "--moment 'kill -STOP $(cat pid); sleep 0.1; kill -CONT $(cat pid)'"),
-            0,
-            right,
-        ),
+        script("life_snapshot_linux", life!(concat!("--name life ", linux!()), snapshot!()), 0, clean),
+        script("life_snapshot_builtin", life!(concat!("--name life ", built_in!()), snapshot!()), 0, right),
+        script("life_paused_linux", life!(concat!("--name life ", linux!()), paused!()), 0, clean),
+        script("life_paused_builtin", life!(concat!("--name life ", built_in!()), paused!()), 0, right),
+        script("life_stopped_linux", life!(linux!(), stopped!()), 0, clean),
+        script("life_stopped_builtin", life!(built_in!(), stopped!()), 0, right),
     ]
 }
 
-/// Whether a case needs a command that the VMM does not have.
-pub fn lacks(machine: &Machine, case: &Case) -> bool {
-    let needs = matches!(case.job, Job::Script(script) if script.contains("$VMM restore"));
-    needs && machine.sh(&format!("'{}' restore --help", machine.vmm())).is_err()
+/// Commands of the VMM that cases use, and why a case without one is skipped.
+const COMMANDS: [(&str, &str); 3] = [
+    ("pause", "this VMM has no command `pause`"),
+    ("snapshot", "this VMM has no command `snapshot`"),
+    ("restore", "this VMM has no command `restore`"),
+];
+
+/// What a case needs of the VMM and this one does not have.
+pub fn lacking(machine: &Machine, case: &Case) -> Option<&'static str> {
+    let Job::Script(script) = case.job else { return None };
+    let needed = COMMANDS.iter().filter(|(command, _)| script.contains(&format!("$VMM {command} ")));
+    let mut lacking =
+        needed.filter(|(command, _)| machine.sh(&format!("'{}' {command} --help", machine.vmm())).is_err());
+    lacking.next().map(|(_, why)| *why)
 }
 
 /// The guest's life was right to its end.

@@ -270,8 +270,8 @@ fn work(
 
 /// What a case needs and this system does not have, where that is no failure.
 fn lacking(machine: &Machine, case: &Case) -> Option<&'static str> {
-    if lifecycle::lacks(machine, case) {
-        return Some("this VMM has no command `restore`");
+    if let Some(why) = lifecycle::lacking(machine, case) {
+        return Some(why);
     }
     let needed = matches!(case.job, Job::Linux(linux) if linux.setup.contains("$PASST"));
     let lacks = needed && machine.passt().is_none() && !crate::test::is_e2e_required();
