@@ -2,7 +2,9 @@
 //! through whose interrupts they do (ACPI 6.5, sections 5.6.9 and 4.8.2.2.1.2).
 
 use acpi_tables::Aml;
-use acpi_tables::aml::{Arg, Device, EISAName, Equal, If, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate};
+use acpi_tables::aml::{
+    Arg, Device, EISAName, Equal, If, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate,
+};
 
 use super::AcpiConfig;
 
@@ -54,12 +56,13 @@ pub(super) fn build(config: &AcpiConfig, sink: &mut Vec<u8>) {
     }
 }
 
-/// Linux finds the device by the `_HID`, Windows by the `_CID`, which is too long for Linux before 6.2.
+/// Drivers find the device by a compatible ID: Microsoft's, which is longer than such IDs may be, or the one that Linux knows
+/// beside it.
 fn generation_id(GenerationId { address, .. }: GenerationId, sink: &mut Vec<u8>) {
     let (low, high) = (address & u64::from(u32::MAX), address >> 32);
     let children = [
-        Name::new("_HID".into(), &"VMGENCTR"),
-        Name::new("_CID".into(), &"VM_Gen_Counter"),
+        Name::new("_HID".into(), &"FRST0001"),
+        Name::new("_CID".into(), &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"])),
         Name::new("_DDN".into(), &"VM_Gen_Counter"),
         Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
     ];
@@ -75,9 +78,9 @@ fn event_device(sources: &[(&str, u32)], sink: &mut Vec<u8>) {
     let targets: Vec<Path> = sources.iter().map(|(name, _)| Path::new(&format!("\\_SB_.{name}"))).collect();
     let notes: Vec<Notify<'_>> = targets.iter().map(|path| Notify::new(path, &CHANGED)).collect();
     let matches: Vec<Equal<'_>> = sources.iter().map(|(_, gsi)| Equal::new(&Arg(0), gsi)).collect();
-    let cases: Vec<If<'_>> = matches.iter().zip(&notes).map(|(when, note)| If::new(when, vec![note])).collect();
-    let method =
-        Method::new("_EVT".into(), 1, true, cases.iter().map(|case| -> &dyn Aml { case }).collect());
+    let cases: Vec<If<'_>> =
+        matches.iter().zip(&notes).map(|(when, note)| If::new(when, vec![note])).collect();
+    let method = Method::new("_EVT".into(), 1, true, cases.iter().map(|case| -> &dyn Aml { case }).collect());
     let (hid, crs) = (Name::new("_HID".into(), &"ACPI0013"), Name::new("_CRS".into(), &resources));
     Device::new(EVENT_DEVICE.into(), vec![&hid, &crs, &method]).to_aml_bytes(sink);
 }
