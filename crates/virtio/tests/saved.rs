@@ -88,7 +88,7 @@ fn edited<T: DriverTransport, S: Section>(
 }
 
 fn core(edit: impl FnOnce(&mut CoreState)) -> String {
-    let wanted = u64::MAX & !features::RING_PACKED;
+    let wanted = !features::RING_PACKED;
     whole(edited::<MmioRegisters, CoreState>(Transport::Mmio, wanted, edit).unwrap_err())
 }
 
@@ -131,7 +131,7 @@ fn a_state_that_no_driver_can_bring_about_is_refused_with_what_is_wrong() {
         "available ring of a queue of 16 entries at 0x1000000000000000",
     );
     says(
-        core(|s| queue_of(s).device = u64::MAX & !3),
+        core(|s| queue_of(s).device = !3),
         "used ring of a queue of 16 entries at 0xfffffffffffffffc",
     );
     let split = SavedRing::Split { next_avail: 17, next_used: 0 };
