@@ -182,8 +182,12 @@ impl Controller {
             );
         }
         match (&load.mem_file_path, &load.mem_backend) {
-            (Some(_), Some(_)) => return refuse("mem_backend: mem_file_path is given too, and one is enough."),
-            (None, None) => return refuse("missing field: either `mem_backend` or `mem_file_path` is required"),
+            (Some(_), Some(_)) => {
+                return refuse("mem_backend: mem_file_path is given too, and one is enough.");
+            }
+            (None, None) => {
+                return refuse("missing field: either `mem_backend` or `mem_file_path` is required");
+            }
             _ => {}
         }
         if let Err(fault) = check_file("snapshot_path", &load.snapshot_path, true, false) {
@@ -245,8 +249,7 @@ impl Controller {
             Operation::Pause | Operation::Resume => return Ok(self.pause_or_resume(ticket, &operation)),
             Operation::Fork(fork) => {
                 if !(1..=MAX_CHILDREN).contains(&fork.count) {
-                    let message =
-                        format!("count: {} is not a number from 1 to {MAX_CHILDREN}.", fork.count);
+                    let message = format!("count: {} is not a number from 1 to {MAX_CHILDREN}.", fork.count);
                     return Err(Fault::bad_request(message));
                 }
                 let done = self.done(ticket, |_, children: Vec<model::Forked>| {
@@ -297,8 +300,7 @@ impl Controller {
         if what.mem_file_path == what.snapshot_path {
             return Err(Fault::bad_request("mem_file_path: it is the same file as snapshot_path."));
         }
-        let event =
-            json!({"event": "snapshot", "path": what.snapshot_path.display().to_string(), "type": what.snapshot_type});
+        let event = json!({"event": "snapshot", "path": what.snapshot_path.display().to_string(), "type": what.snapshot_type});
         let done = self.done_then(ticket, |controller| controller.tell(event));
         self.engine.snapshot(what, done);
         Ok(Outcome::Later)

@@ -75,10 +75,6 @@ impl Connection {
         self.in_flight.is_none() && self.events.is_none() && self.output.is_empty()
     }
 
-    pub(super) fn is_in_flight(&self) -> bool {
-        self.in_flight.is_some()
-    }
-
     pub(super) fn is_subscribed(&self) -> bool {
         self.events.is_some()
     }

@@ -13,7 +13,6 @@ pub(crate) enum Status {
     Ok,
     NoContent,
     BadRequest,
-    NotFound,
     PayloadTooLarge,
     Internal,
     Unavailable,
@@ -26,15 +25,10 @@ impl Status {
             Self::Ok => "200 OK",
             Self::NoContent => "204 No Content",
             Self::BadRequest => "400 Bad Request",
-            Self::NotFound => "404 Not Found",
             Self::PayloadTooLarge => "413 Payload Too Large",
             Self::Internal => "500 Internal Server Error",
             Self::Unavailable => "503 Service Unavailable",
         }
-    }
-
-    pub(crate) fn is_success(self) -> bool {
-        matches!(self, Self::Ok | Self::NoContent)
     }
 }
 
@@ -154,9 +148,8 @@ fn take_field(
         let wrong = || bad(format!("The value of {} is not text.", field.name));
         std::str::from_utf8(field.value).map(str::trim).map_err(|_| wrong())
     };
-    let has = |word: &str| {
-        value().map(|value| value.split(',').any(|part| part.trim().eq_ignore_ascii_case(word)))
-    };
+    let has =
+        |word: &str| value().map(|value| value.split(',').any(|part| part.trim().eq_ignore_ascii_case(word)));
     if field.name.eq_ignore_ascii_case("content-length") {
         let text = value()?;
         let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());

@@ -47,9 +47,8 @@ impl Metrics {
 
     pub(crate) fn open(&mut self, config: &model::Metrics) -> Result<(), Fault> {
         let path = &config.metrics_path;
-        let file = open_sink(path).map_err(|error| {
-            Fault::bad_request(format!("metrics_path: cannot open {path:?}: {error}."))
-        })?;
+        let file = open_sink(path)
+            .map_err(|error| Fault::bad_request(format!("metrics_path: cannot open {path:?}: {error}.")))?;
         if !config.emit_id {
             self.head.clear();
         }

@@ -83,9 +83,8 @@ pub(crate) fn route(method: Method, path: &str, body: &[u8]) -> Result<Operation
     if method == Method::Get && !body.is_empty() {
         return Err(Fault::bad_request("GET request cannot have a body."));
     }
-    let unknown = || {
-        Fault::bad_request(format!("Invalid request method and/or path: {} {path}.", method.name()))
-    };
+    let unknown =
+        || Fault::bad_request(format!("Invalid request method and/or path: {} {path}.", method.name()));
     let trimmed = path.trim_matches('/');
     let parts: Vec<&str> = if trimmed.is_empty() { Vec::new() } else { trimmed.splitn(4, '/').collect() };
     let operation = match method {

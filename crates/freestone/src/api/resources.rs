@@ -99,7 +99,9 @@ impl VmResources {
             return bad(format!("mem_size_mib: {mem_size_mib} is not a size of memory."));
         }
         if huge_pages == HugePages::Size2M && mem_size_mib % 2 != 0 {
-            return bad(format!("mem_size_mib: {mem_size_mib} is not a multiple of the huge pages of 2 MiB."));
+            return bad(format!(
+                "mem_size_mib: {mem_size_mib} is not a multiple of the huge pages of 2 MiB."
+            ));
         }
         if let Some(template) = config.cpu_template.filter(|&template| template != CpuTemplate::None) {
             return bad(format!(
