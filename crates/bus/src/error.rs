@@ -48,6 +48,39 @@ pub enum Error {
         /// Its number or value.
         value: u64,
     },
+    /// A device cannot be saved: it does not say how.
+    #[error("device {device} has no way to save its state")]
+    NotSaved {
+        /// The device.
+        device: String,
+    },
+    /// A saved state cannot be that of this device, or of this machine.
+    #[error("the saved state of device {device} does not fit: {what} {value:#x}")]
+    BadState {
+        /// The device.
+        device: String,
+        /// What of it, and why.
+        what: &'static str,
+        /// The value in the saved state.
+        value: u64,
+    },
+    /// A device cannot be saved or restored while it works.
+    #[error("cannot {op} device {device} while it works: it must be paused, or new")]
+    Busy {
+        /// What was being done: `save` or `restore`.
+        op: &'static str,
+        /// The device.
+        device: String,
+    },
+    /// A state cannot be written to a snapshot, or read from it.
+    #[error("cannot {op} the state of a device")]
+    State {
+        /// What was being done.
+        op: &'static str,
+        /// Why not.
+        #[source]
+        source: freestone_snapshot::Error,
+    },
     /// An operation of the host failed.
     #[error("cannot {op}")]
     Io {
@@ -60,6 +93,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Wraps an error of the snapshot with what was being done: `save` or `restore`.
+    pub fn state(op: &'static str) -> impl FnOnce(freestone_snapshot::Error) -> Self {
+        move |source| Self::State { op, source }
+    }
+
     /// Wraps an error of the host with what was being done.
     pub fn io(op: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { op, source }

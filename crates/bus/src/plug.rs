@@ -7,6 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use freestone_memory::GuestMem;
+use freestone_snapshot::{Restoring, Saving};
 
 use crate::pci::PciSegment;
 use crate::{Bus, Doorbells, Error, IoDevice, Irq, MemorySlots, MsiSource, Result, Spawn};
@@ -105,6 +106,18 @@ pub enum FixedHardware {
     },
     /// An i8042 keyboard controller.
     Keyboard8042,
+    /// The generation ID of the virtual machine, 16 bytes in reserved memory.
+    GenerationId {
+        /// Guest-physical address.
+        address: u64,
+        /// Global system interrupt, edge-triggered, that tells of a change.
+        gsi: u32,
+    },
+    /// A power button (ACPI 6.5, section 4.8.2.2.1.2).
+    PowerButton {
+        /// Global system interrupt, edge-triggered, that tells of a press.
+        gsi: u32,
+    },
     /// A CMOS real-time clock at ports 0x70 and 0x71.
     CmosRtc {
         /// CMOS register of the century; 0: none.
@@ -239,6 +252,25 @@ pub trait Device: Send {
     /// If the work cannot be started again.
     fn resume(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    /// Writes what the device is, as its driver knows it. Called between [`pause`](Self::pause) and [`resume`](Self::resume),
+    /// and changes nothing: the device may go on afterwards. A device without any state says so by an empty function.
+    ///
+    /// # Errors
+    /// If there is no way to save this device, which is so by default, or the state cannot be written.
+    fn save(&mut self, state: &mut Saving<'_>) -> Result<()> {
+        Err(Error::NotSaved { device: state.instance().to_owned() })
+    }
+
+    /// Becomes what was saved. Called at most once, on a device that was just plugged in, in a machine whose devices are
+    /// plugged in as they were in the one that was saved; guest memory holds what it held. The device is then paused:
+    /// [`resume`](Self::resume) lets it go on. The state is untrusted: it may come from anywhere.
+    ///
+    /// # Errors
+    /// If the state is missing, or cannot be that of this device. The device is then only to be dropped.
+    fn restore(&mut self, state: &mut Restoring<'_>) -> Result<()> {
+        Err(Error::NotSaved { device: state.instance().to_owned() })
     }
 
     /// Ends the device's work for good and flushes what the guest believes written.

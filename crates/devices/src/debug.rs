@@ -81,6 +81,6 @@ impl DebugPlug {
 
 impl Plug for DebugPlug {
     fn plug(self: Box<Self>, wiring: &mut dyn Wiring) -> Result<Box<dyn Device>> {
-        isa::plug(wiring, "debug", self.port, self.device)
+        isa::plug_stateless(wiring, "debug", self.port, self.device)
     }
 }

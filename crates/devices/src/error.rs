@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// What can go wrong when a platform device is set up. Nothing a guest does is an error here.
+/// What can go wrong when a platform device is set up or restored. Nothing a guest does is an error here.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -14,6 +14,16 @@ pub enum Error {
         /// The operating system's reason.
         #[source]
         source: io::Error,
+    },
+    /// A saved state cannot be that of this device.
+    #[error("the saved state of device {device} does not fit: {what} {value:#x}")]
+    BadState {
+        /// The device.
+        device: &'static str,
+        /// What of it, and why.
+        what: &'static str,
+        /// The value in the saved state.
+        value: u64,
     },
 }
 
@@ -27,6 +37,9 @@ impl From<Error> for freestone_bus::Error {
     fn from(error: Error) -> Self {
         match error {
             Error::Io { op, source } => Self::Io { op, source },
+            Error::BadState { device, what, value } => {
+                Self::BadState { device: device.to_owned(), what, value }
+            }
         }
     }
 }

@@ -3,9 +3,10 @@
 //!
 //! Here is also the [`Device`] of those that have no work of their own. Nothing here knows a particular device.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use freestone_bus::{Access, AccessError, Device, IoDeviceMut, Wiring};
+use freestone_snapshot::{Restoring, Saving, Section};
 
 /// Registers of one byte each.
 pub(crate) trait BytePorts {
@@ -60,24 +61,92 @@ macro_rules! byte_device {
 }
 pub(crate) use byte_device;
 
-/// A device that only answers accesses: there is nothing to pause or flush.
-pub(crate) struct Passive(pub(crate) &'static str);
+/// A device of registers with a saved state, for those who put it on a bus by hand. What is plugged in is saved and restored as
+/// a [`Device`].
+pub trait Saved {
+    /// Its saved type: a section of a snapshot.
+    type State: Section;
 
-impl Device for Passive {
+    /// What the device is.
+    fn state(&self) -> Self::State;
+
+    /// Becomes what was saved.
+    ///
+    /// # Errors
+    /// [`Error::BadState`](crate::Error::BadState) if a device cannot have this state; it is then unchanged.
+    fn set_state(&mut self, state: &Self::State) -> crate::Result<()>;
+}
+
+/// Adds the state of a device to a snapshot.
+pub(crate) fn save<S: Section>(state: &mut Saving<'_>, saved: &S) -> freestone_bus::Result<()> {
+    state.put(saved).map_err(freestone_bus::Error::state("save"))
+}
+
+/// Takes the state of a device out of a snapshot.
+pub(crate) fn take<S: Section>(state: &mut Restoring<'_>) -> freestone_bus::Result<S> {
+    state.take().map_err(freestone_bus::Error::state("restore"))
+}
+
+/// A device that only answers accesses and remembers nothing: there is nothing to pause, to flush or to save.
+pub(crate) struct Stateless(pub(crate) &'static str);
+
+impl Device for Stateless {
     fn name(&self) -> &str {
         self.0
+    }
+
+    fn save(&mut self, _: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        Ok(())
+    }
+
+    fn restore(&mut self, _: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        Ok(())
+    }
+}
+
+/// A device that only answers accesses: there is nothing to pause or flush.
+pub(crate) struct Passive<D> {
+    name: &'static str,
+    device: Arc<Mutex<D>>,
+}
+
+impl<D: Saved + Send> Device for Passive<D> {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn save(&mut self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        let saved = self.device.lock().unwrap_or_else(PoisonError::into_inner).state();
+        save(state, &saved)
+    }
+
+    fn restore(&mut self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        let saved = take(state)?;
+        Ok(self.device.lock().unwrap_or_else(PoisonError::into_inner).set_state(&saved)?)
     }
 }
 
 /// Claims the ports of a device that only answers accesses.
-pub(crate) fn plug<D: BytePorts + IoDeviceMut + 'static>(
+pub(crate) fn plug<D: BytePorts + IoDeviceMut + Saved + 'static>(
+    wiring: &mut dyn Wiring,
+    name: &'static str,
+    base: u16,
+    device: D,
+) -> freestone_bus::Result<Box<dyn Device>> {
+    let device = Arc::new(Mutex::new(device));
+    wiring.pio(base, D::PORTS.into(), Arc::clone(&device) as _)?;
+    Ok(Box::new(Passive { name, device }))
+}
+
+/// The same for a device that remembers nothing.
+pub(crate) fn plug_stateless<D: BytePorts + IoDeviceMut + 'static>(
     wiring: &mut dyn Wiring,
     name: &'static str,
     base: u16,
     device: D,
 ) -> freestone_bus::Result<Box<dyn Device>> {
     wiring.pio(base, D::PORTS.into(), Arc::new(Mutex::new(device)))?;
-    Ok(Box::new(Passive(name)))
+    Ok(Box::new(Stateless(name)))
 }
 
 #[cfg(test)]

@@ -1,21 +1,27 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod button;
 mod date;
 mod debug;
 mod error;
 mod i8042;
 mod isa;
+mod keyboard;
 mod pci;
 mod power;
 mod progress;
 mod pvpanic;
 mod rtc;
 mod serial;
+mod state;
+mod vmgenid;
 
+pub use button::{PowerButton, PowerButtonPlug};
 pub use debug::{BOCHS_DEBUG_PORT, DebugPlug, DebugPort, FIRMWARE_DEBUG_PORT};
 pub use error::{Error, Result};
-pub use i8042::{I8042, I8042_PORT, I8042Plug};
+pub use i8042::{I8042, I8042_PORT, I8042Handle, I8042Plug, KEYBOARD_GSI};
+pub use isa::Saved;
 pub use pci::{ConfigPorts, Ecam, PCI_CONFIG_PORT, PciRootPlug};
 pub use power::{Power, PowerPlug, RESET_PORT, RESET_VALUE, S5_TYPE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
 pub use progress::{PROGRESS_PORT, ProgressPlug, ProgressPort};
@@ -25,3 +31,5 @@ pub use serial::{
     COM1_GSI, COM1_PORT, COM2_GSI, COM2_PORT, ESCAPE_HELP, EscapeAction, EscapeFilter, Escaped, InputFilter,
     Serial, SerialCounters, SerialInput, SerialPlug,
 };
+pub use state::{I8042State, PciConfigState, PowerState, ProgressState, RtcState, SerialState};
+pub use vmgenid::{VmGenId, VmGenIdPlug};

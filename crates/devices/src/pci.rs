@@ -10,8 +10,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use freestone_bus::pci::{ConfigSpace, Identity, PciAddress, PciFunction, PciSegment};
 use freestone_bus::{Access, AccessError, Device, FixedHardware, IoDevice, Plug, Result, Wiring};
 use freestone_memory::layout::{PCI_ECAM, PCI_ECAM_BUS_LEN, PCI_MMIO_END, PCI_MMIO_START};
+use freestone_snapshot::{Restoring, Saving};
 
-use crate::isa::Passive;
+use crate::isa::{save, take};
+use crate::state::{PciConfigState, check};
+
+const NAME: &str = "PCI root";
 
 /// First port of configuration mechanism 1: the address, and 4 ports later the data.
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
@@ -179,6 +183,27 @@ impl IoDevice for ConfigPorts {
     }
 }
 
+/// A PCI root that is plugged in. All that it remembers is the address port: the host bridge has nothing that can be written,
+/// and the functions on the bus are devices of their own.
+struct PciRoot(Arc<ConfigPorts>);
+
+impl Device for PciRoot {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn save(&mut self, state: &mut Saving<'_>) -> Result<()> {
+        save(state, &PciConfigState { address: self.0.address.load(Ordering::Acquire) })
+    }
+
+    fn restore(&mut self, state: &mut Restoring<'_>) -> Result<()> {
+        let PciConfigState { address } = take(state)?;
+        check(NAME, "address port", address & !ADDRESS_BITS == 0, address)?;
+        self.0.address.store(address, Ordering::Release);
+        Ok(())
+    }
+}
+
 /// Plugs a PCI root in: configuration space at [`PCI_ECAM`] and at [`PCI_CONFIG_PORT`], base address registers in
 /// [`PCI_MMIO_START`]`..`[`PCI_MMIO_END`], the host bridge at 00:00.0. Devices that are plugged in later can join.
 #[derive(Debug, Default)]
@@ -193,12 +218,12 @@ impl PciRootPlug {
 
 impl Plug for PciRootPlug {
     fn plug(self: Box<Self>, wiring: &mut dyn Wiring) -> Result<Box<dyn Device>> {
-        const NAME: &str = "PCI root";
         let window = (PCI_MMIO_START, PCI_MMIO_END - PCI_MMIO_START);
         let segment = Arc::new(PciSegment::new(wiring.mmio_bus(), window));
         segment.insert(NAME, Arc::new(HostBridge::new()))?;
         wiring.mmio(PCI_ECAM, PCI_ECAM_BUS_LEN, Arc::new(Ecam::new(Arc::clone(&segment))))?;
-        wiring.pio(PCI_CONFIG_PORT, PORTS, Arc::new(ConfigPorts::new(Arc::clone(&segment))))?;
+        let ports = Arc::new(ConfigPorts::new(Arc::clone(&segment)));
+        wiring.pio(PCI_CONFIG_PORT, PORTS, Arc::clone(&ports) as _)?;
         wiring.provide_pci(segment)?;
         wiring.fixed_hardware(FixedHardware::PciRoot {
             ecam: PCI_ECAM,
@@ -207,6 +232,6 @@ impl Plug for PciRootPlug {
             mmio_base: PCI_MMIO_START,
             mmio_len: PCI_MMIO_END - PCI_MMIO_START,
         });
-        Ok(Box::new(Passive(NAME)))
+        Ok(Box::new(PciRoot(ports)))
     }
 }

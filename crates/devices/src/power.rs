@@ -6,7 +6,8 @@
 
 use freestone_bus::{Device, FixedHardware, GuestEvent, Notifier, Plug, Result, Wiring};
 
-use crate::isa::{self, BytePorts, byte_device};
+use crate::isa::{self, BytePorts, Saved, byte_device};
+use crate::state::{PowerState, check};
 
 /// Port of the sleep control register (FADT `SLEEP_CONTROL_REG`, one byte).
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
@@ -68,6 +69,20 @@ impl BytePorts for Power {
 }
 
 byte_device!(Power);
+
+impl Saved for Power {
+    type State = PowerState;
+
+    fn state(&self) -> PowerState {
+        PowerState { control: self.control }
+    }
+
+    fn set_state(&mut self, state: &PowerState) -> crate::Result<()> {
+        check("power", "sleep control register", state.control & !SLP_TYP == 0, state.control)?;
+        self.control = state.control;
+        Ok(())
+    }
+}
 
 /// Plugs [`Power`] in at [`SLEEP_CONTROL_PORT`].
 #[derive(Debug, Default)]

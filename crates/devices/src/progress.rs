@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use freestone_bus::{Device, GuestEvent, Notifier, Plug, Result, Wiring};
 
-use crate::isa::{self, BytePorts, byte_device};
+use crate::isa::{self, BytePorts, Saved, byte_device};
+use crate::state::ProgressState;
 
 /// Port of the device.
 pub const PROGRESS_PORT: u16 = 0x80;
@@ -41,6 +42,19 @@ impl BytePorts for ProgressPort {
 }
 
 byte_device!(ProgressPort);
+
+impl Saved for ProgressPort {
+    type State = ProgressState;
+
+    fn state(&self) -> ProgressState {
+        ProgressState { last: self.last.load(Ordering::Relaxed) }
+    }
+
+    fn set_state(&mut self, state: &ProgressState) -> crate::Result<()> {
+        self.last.store(state.last, Ordering::Relaxed);
+        Ok(())
+    }
+}
 
 /// Plugs a [`ProgressPort`] in at [`PROGRESS_PORT`].
 #[derive(Debug, Default)]

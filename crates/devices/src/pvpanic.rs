@@ -58,7 +58,7 @@ impl PvPanicPlug {
 impl Plug for PvPanicPlug {
     fn plug(self: Box<Self>, wiring: &mut dyn Wiring) -> Result<Box<dyn Device>> {
         let device = PvPanic::new(wiring.notifier());
-        let device = isa::plug(wiring, "pvpanic", PVPANIC_PORT, device)?;
+        let device = isa::plug_stateless(wiring, "pvpanic", PVPANIC_PORT, device)?;
         wiring.describe(Description {
             hid: "QEMU0001",
             resources: vec![Resource::Pio { base: PVPANIC_PORT, len: 1 }],

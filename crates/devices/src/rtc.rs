@@ -9,7 +9,8 @@ use std::time::{Duration, SystemTime};
 use freestone_bus::{Description, Device, FixedHardware, Plug, Resource, Result, Wiring};
 
 use crate::date::{DateTime, MAX_UNIX, MIN_UNIX, weekday};
-use crate::isa::{self, BytePorts, byte_device};
+use crate::isa::{self, BytePorts, Saved, byte_device};
+use crate::state::{RtcState, bad, check};
 
 /// First port of the clock: index at +0, data at +1.
 pub const RTC_PORT: u16 = 0x70;
@@ -304,6 +305,34 @@ impl BytePorts for Rtc {
 }
 
 byte_device!(Rtc);
+
+impl Saved for Rtc {
+    type State = RtcState;
+
+    fn state(&self) -> RtcState {
+        RtcState {
+            index: self.index,
+            ram: self.ram.to_vec(),
+            reg_a: self.reg_a,
+            reg_b: self.reg_b,
+            ahead: self.ahead,
+        }
+    }
+
+    /// The time goes on with the host's, so that a guest sees that time has passed. The flags of register C begin anew: a
+    /// guest that polls them sees the next event.
+    fn set_state(&mut self, state: &RtcState) -> crate::Result<()> {
+        const NAME: &str = "rtc";
+        check(NAME, "index", state.index < 0x80, state.index)?;
+        check(NAME, "register A", state.reg_a & A_UIP == 0, state.reg_a)?;
+        let ram = <[u8; 128]>::try_from(state.ram.as_slice());
+        self.ram = ram.or_else(|_| bad(NAME, "length of the RAM", state.ram.len() as u64))?;
+        (self.index, self.reg_a, self.reg_b) = (state.index, state.reg_a, state.reg_b);
+        self.ahead = state.ahead;
+        self.flags_read = self.host_nanos();
+        Ok(())
+    }
+}
 
 /// Plugs an [`Rtc`] in at [`RTC_PORT`], announced as `PNP0B00`.
 #[derive(Debug, Default)]

@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand};
@@ -132,6 +132,10 @@ pub(crate) struct Run {
     #[arg(long)]
     pub(crate) prefault: bool,
 
+    /// Log what guest and devices write, so that snapshots can be made of the differences only.
+    #[arg(long)]
+    pub(crate) track_dirty: bool,
+
     /// How the guest finds its virtio devices.
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Transport::Pci)]
     pub(crate) transport: Transport,
@@ -187,6 +191,19 @@ pub(crate) struct Run {
     /// Print how often each vCPU left the guest, and why, when the machine ends.
     #[arg(long)]
     pub(crate) stats: bool,
+}
+
+impl Run {
+    /// Has all relative paths begin at `folder`.
+    pub(crate) fn make_absolute(&mut self, folder: &Path) {
+        let join = |path: &mut PathBuf| *path = folder.join(&*path);
+        let single = [&mut self.kernel, &mut self.initrd, &mut self.control];
+        single.into_iter().flatten().for_each(join);
+        self.vsock.iter_mut().for_each(|vsock| join(&mut vsock.path));
+        self.disks.iter_mut().for_each(|disk| join(&mut disk.path));
+        self.pmems.iter_mut().for_each(|pmem| join(&mut pmem.path));
+        self.nets.iter_mut().for_each(|net| net.make_absolute(folder));
+    }
 }
 
 /// How virtio devices are found.

@@ -13,6 +13,7 @@ mod failure;
 mod files;
 mod image;
 mod log;
+mod machine;
 mod net;
 mod options;
 mod probe;

@@ -55,6 +55,14 @@ pub enum Error {
         /// What was tried: `read`, or `written`.
         access: &'static str,
     },
+    /// A model-specific register of a saved vCPU does not exist here, or does not take its value.
+    #[error("MSR {index:#x} cannot be set to {value:#x}")]
+    MsrValue {
+        /// Number of the register.
+        index: u32,
+        /// The value that it had.
+        value: u64,
+    },
 }
 
 /// Result of this crate.

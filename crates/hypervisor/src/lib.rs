@@ -8,4 +8,4 @@ pub mod x86;
 
 pub use error::{Error, Result};
 pub use exit::{Exit, ExitReason, InstructionBytes, SystemEvent};
-pub use traits::{CpuState, DEVICE_SLOTS, DirtyLog, Hypervisor, Kick, Kicker, MapFlags, Vcpu, Vm};
+pub use traits::{CpuState, DEVICE_SLOTS, DirtyLog, Hypervisor, Kick, Kicker, MapFlags, SaveVm, Vcpu, Vm};

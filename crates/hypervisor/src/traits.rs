@@ -6,8 +6,10 @@ use bitflags::bitflags;
 use freestone_bus::{Doorbells, IrqChip, MemorySlots};
 use freestone_memory::Region;
 
-use crate::x86::{CpuidLeaf, MpState, Msr, Regs, SpecialRegs};
-use crate::{Exit, Result};
+use crate::x86::{
+    ClockPolicy, ClockState, CpuidLeaf, HostCpu, MpState, Msr, Regs, SpecialRegs, VcpuState, VmState,
+};
+use crate::{Error, Exit, Result};
 
 /// A hypervisor: makes VMs.
 pub trait Hypervisor: Send + Sync {
@@ -31,6 +33,14 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// If the hypervisor cannot tell.
     fn supported_cpuid(&self) -> Result<Vec<CpuidLeaf>>;
+
+    /// What a saved vCPU is compared with before it is restored.
+    ///
+    /// # Errors
+    /// If the hypervisor cannot tell.
+    fn host_cpu(&self) -> Result<HostCpu> {
+        Ok(HostCpu { cpuid: self.supported_cpuid()?, ..HostCpu::default() })
+    }
 }
 
 bitflags! {
@@ -93,6 +103,11 @@ pub trait Vm: Send + Sync {
         None
     }
 
+    /// The state that the hypervisor keeps beside memory and vCPUs, if it can be saved.
+    fn state(&self) -> Option<&dyn SaveVm> {
+        None
+    }
+
     /// The log of pages the guest wrote, if this backend keeps one.
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {
         None
@@ -106,6 +121,38 @@ pub trait DirtyLog {
     /// # Errors
     /// If the slot does not exist or is not logged.
     fn take(&self, slot: u32) -> Result<Vec<u64>>;
+
+    /// The slots that the guest may write to, those of devices as well: slot, guest-physical address and length of each.
+    fn slots(&self) -> Vec<(u32, u64, u64)>;
+
+    /// Begins or ends the log of `slot`, which may be in use: as if it had been mapped with or without
+    /// [`MapFlags::LOG_DIRTY`].
+    ///
+    /// # Errors
+    /// If the slot does not exist or the host refuses.
+    fn set_logging(&self, slot: u32, on: bool) -> Result<()>;
+}
+
+/// Saves and restores what a hypervisor keeps of a VM: interrupt controller, timer, clock. No vCPU may run meanwhile.
+pub trait SaveVm {
+    /// Reads the state.
+    ///
+    /// # Errors
+    /// If the hypervisor fails.
+    fn save(&self) -> Result<VmState>;
+
+    /// Sets the state of the chips. Call it when the VM has its [`irq_chip`](Vm::irq_chip) and its vCPUs have their states.
+    /// The state may come from anywhere.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses it, or the state has chips that this VM has not.
+    fn restore(&self, state: &VmState) -> Result<()>;
+
+    /// Sets the clock. Call it last, right before the vCPUs run again, and also when a VM that was paused for long goes on.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses it.
+    fn set_clock(&self, clock: &ClockState, policy: ClockPolicy) -> Result<()>;
 }
 
 /// A virtual CPU. It belongs to whoever calls [`run`](Self::run), on any thread, one at a time.
@@ -183,6 +230,37 @@ pub trait CpuState {
     /// # Errors
     /// If one of them cannot be written; the error names it.
     fn set_msrs(&mut self, msrs: &[Msr]) -> Result<()>;
+
+    /// Everything of the vCPU that its guest can tell, to be restored into another. An exit that was not yet completed
+    /// ([`Vcpu::complete_exit`]) would be lost.
+    ///
+    /// # Errors
+    /// If the hypervisor fails, or cannot save a vCPU.
+    fn save(&mut self) -> Result<VcpuState> {
+        Err(Error::Unsupported("saving a vCPU"))
+    }
+
+    /// Becomes what was saved. Call it on a vCPU that did not run yet, when the VM has its interrupt controller and the
+    /// guest's memory is mapped and filled. The state may come from anywhere.
+    ///
+    /// The time-stamp counter goes on from its saved value. vCPUs whose counters agreed when they were saved agree again if
+    /// all are restored within a second.
+    ///
+    /// # Errors
+    /// If the hypervisor refuses a part of it, which the error names. The vCPU is then of no use.
+    fn restore(&mut self, state: &VcpuState) -> Result<()> {
+        let _ = state;
+        Err(Error::Unsupported("restoring a vCPU"))
+    }
+
+    /// Tells the guest, if it has a way to listen, that it was paused, so that its watchdogs do not take the time for a
+    /// hang. Call it before a vCPU goes on that was paused; [`restore`](Self::restore) does it by itself.
+    ///
+    /// # Errors
+    /// If the hypervisor fails.
+    fn tell_paused(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Whether the vCPU runs or waits.
     ///

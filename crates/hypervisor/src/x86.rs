@@ -176,3 +176,137 @@ pub enum MpState {
     /// Got SIPI, starts next.
     SipiReceived,
 }
+
+/// Debug registers (Intel SDM, volume 3, section 18.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DebugRegs {
+    /// DR0 to DR3: addresses.
+    pub db: [u64; 4],
+    /// DR6: status.
+    pub dr6: u64,
+    /// DR7: control.
+    pub dr7: u64,
+}
+
+/// What a processor has accepted and not yet delivered, and what holds it back (KVM API, `KVM_GET_VCPU_EVENTS`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "the fields are named as in the KVM API")]
+pub struct VcpuEvents {
+    pub exception_injected: bool,
+    pub exception_nr: u8,
+    pub exception_has_error_code: bool,
+    pub exception_pending: bool,
+    pub exception_error_code: u32,
+    pub exception_has_payload: bool,
+    pub exception_payload: u64,
+    pub interrupt_injected: bool,
+    pub interrupt_nr: u8,
+    pub interrupt_soft: bool,
+    pub interrupt_shadow: u8,
+    pub nmi_injected: bool,
+    pub nmi_pending: bool,
+    pub nmi_masked: bool,
+    pub sipi_vector: u32,
+    pub smi_smm: bool,
+    pub smi_pending: bool,
+    pub smi_inside_nmi: bool,
+    pub smi_latched_init: bool,
+    pub triple_fault_pending: bool,
+}
+
+/// Everything of a vCPU that its guest can tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VcpuState {
+    /// What CPUID tells the guest, as it was set ([`set_cpuid`](crate::CpuState::set_cpuid)).
+    pub cpuid: Vec<CpuidLeaf>,
+    /// Frequency of the time-stamp counter in kHz, where the hypervisor knows it.
+    pub tsc_khz: Option<u32>,
+    /// Whether it runs or waits.
+    pub mp_state: MpState,
+    /// General registers.
+    pub regs: Regs,
+    /// Segments, control registers, descriptor tables.
+    pub special_regs: SpecialRegs,
+    /// Extended control registers: number and value.
+    pub xcrs: Vec<(u32, u64)>,
+    /// The XSAVE area in standard format (Intel SDM, volume 1, section 13.4), 4096 bytes or as long as the features need.
+    pub xsave: Vec<u8>,
+    /// Debug registers.
+    pub debug_regs: DebugRegs,
+    /// The local APIC's registers, if there is one.
+    pub lapic: Option<Box<[u8; 1024]>>,
+    /// Model-specific registers, in the order in which they are to be set.
+    pub msrs: Vec<Msr>,
+    /// Events on their way.
+    pub events: VcpuEvents,
+}
+
+/// Which of the hypervisor's chips a [`ChipState`] is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ChipKind {
+    /// The first 8259A.
+    PicMaster,
+    /// The second 8259A.
+    PicSlave,
+    /// The I/O APIC.
+    IoApic,
+    /// The 8254 timer.
+    Pit,
+}
+
+/// The registers of a chip inside the hypervisor, in the layout of the KVM API: `struct kvm_pic_state`,
+/// `struct kvm_ioapic_state`, `struct kvm_pit_state2`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChipState {
+    /// Which chip.
+    pub kind: ChipKind,
+    /// Its registers.
+    pub registers: Vec<u8>,
+}
+
+/// The paravirtual clock of a VM when it was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ClockState {
+    /// What the guest's clock said, in nanoseconds.
+    pub guest_ns: u64,
+    /// The host's `CLOCK_REALTIME` at that moment in nanoseconds since 1970, if known.
+    pub host_realtime_ns: Option<u64>,
+    /// The host's time-stamp counter at that moment, if known.
+    pub host_tsc: Option<u64>,
+}
+
+/// What a hypervisor keeps of a VM beside its memory and its vCPUs.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VmState {
+    /// Chips, where they are in the hypervisor.
+    pub chips: Vec<ChipState>,
+    /// The clock, where there is one.
+    pub clock: Option<ClockState>,
+}
+
+/// What a guest's clock shows when a VM goes on that was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum ClockPolicy {
+    /// It goes on where it stopped: the time between did not pass.
+    #[default]
+    Continue,
+    /// It goes forward by the time that passed in the world.
+    Advance,
+}
+
+/// What a host's processor and hypervisor can give a vCPU, to tell whether a saved one fits.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct HostCpu {
+    /// The leaves of [`Hypervisor::supported_cpuid`](crate::Hypervisor::supported_cpuid).
+    pub cpuid: Vec<CpuidLeaf>,
+    /// Frequency of the time-stamp counter in kHz that a vCPU has if nobody sets another, where it is known.
+    pub tsc_khz: Option<u32>,
+    /// Whether a vCPU's time-stamp counter may run at another frequency than the host's.
+    pub tsc_scaling: bool,
+    /// Bytes of the largest [`VcpuState::xsave`] that it takes, where it is known.
+    pub xsave_len: Option<usize>,
+    /// The model-specific registers that it can save and restore, sorted, where they are known.
+    pub msrs: Option<Vec<u32>>,
+}

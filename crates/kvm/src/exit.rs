@@ -287,8 +287,8 @@ mod tests {
 
     #[test]
     fn emulation_failure_of_a_kernel_that_does_not_tell_has_no_instruction() {
-        assert_eq!(instruction(emulation_failure(0, 1, 3)).as_slice(), []);
-        assert_eq!(instruction(emulation_failure(3, 0, 3)).as_slice(), []);
+        assert_eq!(instruction(emulation_failure(0, 1, 3)).as_slice(), [0u8; 0]);
+        assert_eq!(instruction(emulation_failure(3, 0, 3)).as_slice(), [0u8; 0]);
     }
 
     #[test]
@@ -297,7 +297,7 @@ mod tests {
         page.detail().emulation_failure.suberror = KVM_INTERNAL_ERROR_DELIVERY_EV;
         match decode(&mut page) {
             Exit::InternalError { suberror: KVM_INTERNAL_ERROR_DELIVERY_EV, instruction } => {
-                assert_eq!(instruction.as_slice(), []);
+                assert_eq!(instruction.as_slice(), [0u8; 0]);
             }
             other => panic!("{other:?}"),
         }

@@ -21,6 +21,8 @@ pub(crate) const PINS: u32 = 24;
 pub(crate) struct KvmIrqChip {
     vm: Arc<VmFd>,
     lines: Arc<Lines>,
+    /// Whether there is a timer (PIT) with it.
+    pub(crate) pit: bool,
     /// KVM is asked for it when a device wants it first.
     msi: OnceLock<Option<Arc<KvmMsi>>>,
 }
@@ -53,11 +55,12 @@ impl KvmIrqChip {
             ),
             _ => Error::Call { op: "KVM_CREATE_IRQCHIP", source: io_error(error) },
         })?;
-        if vm.check_extension(Cap::Pit2) {
+        let pit = vm.check_extension(Cap::Pit2);
+        if pit {
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             vm.create_pit2(config).map_err(call("KVM_CREATE_PIT2"))?;
         }
-        Ok(Self { vm: vm.clone(), lines: Arc::default(), msi: OnceLock::new() })
+        Ok(Self { vm: vm.clone(), lines: Arc::default(), pit, msi: OnceLock::new() })
     }
 }
 

@@ -9,11 +9,15 @@ mod kick;
 mod msi;
 pub mod probe;
 mod run_page;
+mod save;
+mod saved_msrs;
 mod slots;
 mod state;
 mod system;
 mod vcpu;
 mod vm;
+mod vm_state;
+mod xsave;
 
 pub use freestone_hypervisor::{Error, Result};
 pub use system::{DEFAULT_DEVICE, Kvm};

@@ -107,6 +107,26 @@ impl Slots {
         self.fd.get_dirty_log(slot, len).map_err(call("KVM_GET_DIRTY_LOG"))
     }
 
+    /// Number, address and length of the slots that the guest may write to.
+    pub(crate) fn writable(&self) -> Vec<(u32, u64, u64)> {
+        let used = self.lock();
+        let writable = used.iter().filter(|(_, slot)| !slot.flags.contains(MapFlags::READ_ONLY));
+        writable.map(|(&slot, at)| (slot, at.region.start_addr().0, at.region.len())).collect()
+    }
+
+    /// Begins or ends the log of the guest's writes to a slot that may be in use.
+    pub(crate) fn set_logging(&self, slot: u32, on: bool) -> Result<()> {
+        let mut used = self.lock();
+        let entry = used.get_mut(&slot).ok_or_else(|| no_slot(slot))?;
+        let mut flags = entry.flags;
+        flags.set(MapFlags::LOG_DIRTY, on);
+        if flags != entry.flags {
+            self.set(slot, &entry.region, entry.region.len(), flags)?;
+            entry.flags = flags;
+        }
+        Ok(())
+    }
+
     /// Tells KVM of `slot`; with `size` 0 it forgets it.
     fn set(&self, slot: u32, region: &Region, size: u64, flags: MapFlags) -> Result<()> {
         let mut kvm_flags = 0;

@@ -1,6 +1,8 @@
 //! Registers: between the plain types of `hypervisor` and KVM's.
 
-use freestone_hypervisor::x86::{CpuidLeaf, DescriptorTable, MpState, Msr, Regs, Segment, SpecialRegs};
+use freestone_hypervisor::x86::{
+    CpuidLeaf, DescriptorTable, MpState, Msr, Regs, Segment, SpecialRegs, VcpuState,
+};
 use freestone_hypervisor::{CpuState, Error, Result};
 use kvm_bindings::*;
 
@@ -58,7 +60,7 @@ fn to_table(t: DescriptorTable) -> kvm_dtable {
 }
 
 /// Writes `regs` over `sregs`, which keeps what [`SpecialRegs`] has not: the bitmap of pending interrupts.
-fn merge_special_regs(sregs: &mut kvm_sregs, regs: &SpecialRegs) {
+pub(crate) fn merge_special_regs(sregs: &mut kvm_sregs, regs: &SpecialRegs) {
     sregs.cs = to_segment(&regs.cs);
     sregs.ds = to_segment(&regs.ds);
     sregs.es = to_segment(&regs.es);
@@ -107,10 +109,10 @@ fn to_cpuid_entry(leaf: &CpuidLeaf) -> kvm_cpuid_entry2 {
 }
 
 /// MSRs in one call: the kernel refuses `MAX_IO_MSRS`, 256, already.
-const MSRS_PER_CALL: usize = KVM_MAX_MSR_ENTRIES - 1;
+pub(crate) const MSRS_PER_CALL: usize = KVM_MAX_MSR_ENTRIES - 1;
 
 /// The MSRs as KVM takes them, at most [`MSRS_PER_CALL`].
-fn to_msrs(msrs: &[Msr]) -> Result<Msrs> {
+pub(crate) fn to_msrs(msrs: &[Msr]) -> Result<Msrs> {
     let entries: Vec<_> =
         msrs.iter().map(|msr| kvm_msr_entry { index: msr.index, reserved: 0, data: msr.value }).collect();
     Msrs::from_entries(&entries).map_err(|_| Error::OutOfRange {
@@ -158,7 +160,9 @@ impl CpuState for KvmVcpu {
             value: leaves.len() as u64,
             reason: "KVM takes at most 256",
         })?;
-        self.fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))
+        self.fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+        self.cpuid = leaves.to_vec();
+        Ok(())
     }
 
     fn msrs(&self, msrs: &mut [Msr]) -> Result<()> {
@@ -180,6 +184,18 @@ impl CpuState for KvmVcpu {
             check_msrs(chunk, done, "written")?;
         }
         Ok(())
+    }
+
+    fn save(&mut self) -> Result<VcpuState> {
+        self.save_state()
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> Result<()> {
+        self.restore_state(state)
+    }
+
+    fn tell_paused(&mut self) -> Result<()> {
+        self.tell_kvmclock()
     }
 
     fn mp_state(&self) -> Result<MpState> {

@@ -6,18 +6,24 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use freestone_hypervisor::x86::CpuidLeaf;
+use freestone_hypervisor::x86::{CpuidLeaf, HostCpu};
 use freestone_hypervisor::{Error, Hypervisor, Result};
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES,
+    KVM_API_VERSION, KVM_CAP_TSC_CONTROL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+    KVM_MAX_CPUID_ENTRIES, KVMIO,
 };
+use vmm_sys_util::ioctl::{_IOC_NONE, ioctl_expr};
 
 use crate::error::{call, create_vm_failed, open_failed};
 use crate::probe::CAPABILITIES;
 use crate::vm::KvmVm;
+use crate::{saved_msrs, xsave};
 
 /// Where the device of KVM is.
 pub const DEFAULT_DEVICE: &str = "/dev/kvm";
+
+/// Of a VM or a vCPU.
+const KVM_GET_TSC_KHZ: libc::c_ulong = ioctl_expr(_IOC_NONE, KVMIO, 0xa3, 0);
 
 /// CPUID leaf 1, ECX: the local APIC's timer has a TSC deadline mode (Intel SDM, volume 2, CPUID).
 const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -36,6 +42,8 @@ struct Inner {
     fd: kvm_ioctls::Kvm,
     /// Asking the kernel takes a fair part of the time in which a small VM starts.
     cpuid: OnceLock<Vec<CpuidLeaf>>,
+    tsc_khz: OnceLock<Option<u32>>,
+    msrs: OnceLock<Arc<[u32]>>,
 }
 
 impl Kvm {
@@ -62,7 +70,33 @@ impl Kvm {
                 });
             }
         }
-        Ok(Self(Arc::new(Inner { fd, cpuid: OnceLock::new() })))
+        Ok(Self(Arc::new(Inner {
+            fd,
+            cpuid: OnceLock::new(),
+            tsc_khz: OnceLock::new(),
+            msrs: OnceLock::new(),
+        })))
+    }
+}
+
+impl Kvm {
+    /// The MSRs that a saved vCPU has, in the order in which they are to be set.
+    pub(crate) fn saved_msrs(&self) -> Result<Arc<[u32]>> {
+        if let Some(msrs) = self.0.msrs.get() {
+            return Ok(msrs.clone());
+        }
+        let msrs = saved_msrs::list(self.as_fd())?.into();
+        Ok(self.0.msrs.get_or_init(|| msrs).clone())
+    }
+
+    /// The TSC frequency that a new VM gives its vCPUs; `None` if this KVM does not tell.
+    fn tsc_khz(&self) -> Option<u32> {
+        *self.0.tsc_khz.get_or_init(|| {
+            let vm = self.0.fd.create_vm().ok()?;
+            // SAFETY: the descriptor is a VM's, and the call takes no argument. Kernels before 5.16 do not know it.
+            let khz = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_TSC_KHZ) };
+            u32::try_from(khz).ok().filter(|&khz| khz > 0)
+        })
     }
 }
 
@@ -98,7 +132,7 @@ impl Hypervisor for Kvm {
     fn create_vm(&self) -> Result<KvmVm> {
         loop {
             match self.0.fd.create_vm() {
-                Ok(fd) => return KvmVm::new(fd),
+                Ok(fd) => return KvmVm::new(fd, self.clone()),
                 // A signal may come while the kernel waits for its other processors.
                 Err(error) if error.errno() == libc::EINTR => {}
                 Err(error) => return Err(create_vm_failed(error)),
@@ -130,6 +164,19 @@ impl Hypervisor for Kvm {
         let mut leaves: Vec<_> = leaves.collect();
         fill_in_brand(&mut leaves);
         Ok(self.0.cpuid.get_or_init(|| leaves).clone())
+    }
+
+    /// The first call makes a VM without memory, to ask it for the frequency of its time-stamp counters.
+    fn host_cpu(&self) -> Result<HostCpu> {
+        let mut msrs = self.saved_msrs()?.to_vec();
+        msrs.sort_unstable();
+        Ok(HostCpu {
+            cpuid: self.supported_cpuid()?,
+            tsc_khz: self.tsc_khz(),
+            tsc_scaling: self.0.fd.check_extension_raw(KVM_CAP_TSC_CONTROL.into()) > 0,
+            xsave_len: Some(xsave::len(&self.0.fd)),
+            msrs: Some(msrs),
+        })
     }
 }
 

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use freestone_hypervisor::x86::CpuidLeaf;
 use freestone_hypervisor::{Error, Exit, Kicker, Result, Vcpu};
 use kvm_bindings::{KVM_EXIT_MEMORY_FAULT, KVMIO};
 use kvm_ioctls::VcpuFd;
@@ -32,7 +33,11 @@ pub struct KvmVcpu {
     /// `complete_exit` has run into another exit, which is in the page for the next `run`.
     unseen_exit: bool,
     index: u32,
-    _vm: Arc<VmInner>,
+    /// Fixed when the vCPU is made: a VM's interrupt controller is older than its vCPUs.
+    pub(crate) has_lapic: bool,
+    /// What was set last. Not every KVM gives it back as it was: one may show the guest more, and one fills in the guest's bits.
+    pub(crate) cpuid: Vec<CpuidLeaf>,
+    pub(crate) vm: Arc<VmInner>,
 }
 
 /// What `KVM_RUN` came back with.
@@ -49,7 +54,8 @@ impl KvmVcpu {
             .map_err(|source| Error::Call { op: "mapping the run page of a vCPU", source })?;
         // SAFETY: the page stays mapped until `drop` below has called `retire`.
         let kick = unsafe { KickState::new(page.immediate_exit()) }?;
-        Ok(Self { fd, page, kick, unseen_exit: false, index, _vm: vm })
+        let has_lapic = vm.created_irq_chip().is_some();
+        Ok(Self { fd, page, kick, unseen_exit: false, index, has_lapic, cpuid: Vec::new(), vm })
     }
 
     #[inline]
@@ -61,7 +67,7 @@ impl KvmVcpu {
     #[inline(always)]
     fn enter(&mut self) -> io::Result<Returned> {
         // SAFETY: the descriptor is a vCPU's. The kernel writes to the run page, to which `&mut self` leaves no other
-        // reference, and to guest memory, which `_vm` keeps mapped and which is only accessed as volatile.
+        // reference, and to guest memory, which `vm` keeps mapped and which is only accessed as volatile.
         if unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) } == 0 {
             return Ok(Returned::Exit);
         }

@@ -5,14 +5,16 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use freestone_bus::{Doorbells, IrqChip, MemorySlots};
-use freestone_hypervisor::{DirtyLog, Error, MapFlags, Result, Vm};
+use freestone_hypervisor::{DirtyLog, Error, MapFlags, Result, SaveVm, Vm};
 use freestone_memory::{Region, layout};
 use kvm_ioctls::VmFd;
 
 use crate::doorbell::KvmDoorbells;
 use crate::error::{call, io_error};
 use crate::irq::KvmIrqChip;
+use crate::saved_msrs::VmMsrs;
 use crate::slots::{KvmMemorySlots, Slots};
+use crate::system::Kvm;
 use crate::vcpu::KvmVcpu;
 
 /// A VM of KVM.
@@ -20,17 +22,26 @@ use crate::vcpu::KvmVcpu;
 /// [`AsFd`] gives the descriptor for calls that this crate has not. The types of kvm-ioctls are not part of this API:
 /// with them, safe code could make a vCPU that outlives the memory of its VM.
 #[derive(Debug)]
-pub struct KvmVm(Arc<VmInner>);
+pub struct KvmVm(pub(crate) Arc<VmInner>);
 
 /// What a VM and its vCPUs hold together: guest memory must be there for as long as any vCPU can run.
 pub(crate) struct VmInner {
-    fd: Arc<VmFd>,
+    pub(crate) fd: Arc<VmFd>,
+    pub(crate) kvm: Kvm,
     pub(crate) slots: Slots,
     irq_chip: Mutex<Option<Arc<KvmIrqChip>>>,
+    pub(crate) msrs: VmMsrs,
+}
+
+impl VmInner {
+    /// The interrupt controller, if it was created.
+    pub(crate) fn created_irq_chip(&self) -> Option<Arc<KvmIrqChip>> {
+        self.irq_chip.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 impl KvmVm {
-    pub(crate) fn new(fd: VmFd) -> Result<Self> {
+    pub(crate) fn new(fd: VmFd, kvm: Kvm) -> Result<Self> {
         if wants_private_pages() {
             let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);
             fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
@@ -39,7 +50,8 @@ impl KvmVm {
         }
         let fd = Arc::new(fd);
         let slots = Slots::new(fd.clone());
-        Ok(Self(Arc::new(VmInner { fd, slots, irq_chip: Mutex::new(None) })))
+        let msrs = VmMsrs::default();
+        Ok(Self(Arc::new(VmInner { fd, kvm, slots, irq_chip: Mutex::new(None), msrs })))
     }
 }
 
@@ -90,6 +102,10 @@ impl Vm for KvmVm {
         Some(Arc::new(KvmMemorySlots(Arc::downgrade(&self.0))))
     }
 
+    fn state(&self) -> Option<&dyn SaveVm> {
+        Some(self)
+    }
+
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {
         Some(self)
     }
@@ -98,6 +114,14 @@ impl Vm for KvmVm {
 impl DirtyLog for KvmVm {
     fn take(&self, slot: u32) -> Result<Vec<u64>> {
         self.0.slots.take_dirty(slot)
+    }
+
+    fn slots(&self) -> Vec<(u32, u64, u64)> {
+        self.0.slots.writable()
+    }
+
+    fn set_logging(&self, slot: u32, on: bool) -> Result<()> {
+        self.0.slots.set_logging(slot, on)
     }
 }
 

@@ -71,6 +71,9 @@ pub enum Backing {
     ///
     /// All pages are reserved when the memory is made, so that a guest cannot meet an empty pool later.
     HugePages(HugePageSize),
+    /// A memory image, mapped privately: see [`GuestMemBuilder::image`](crate::GuestMemBuilder::image), which is the only way to
+    /// ask for it. Like anonymous memory it is this process's alone.
+    Image,
 }
 
 impl Backing {
@@ -81,13 +84,14 @@ impl Backing {
             Self::Memfd => "memfd",
             Self::HugePages(HugePageSize::Size2M) => "2 MiB huge pages",
             Self::HugePages(HugePageSize::Size1G) => "1 GiB huge pages",
+            Self::Image => "image",
         }
     }
 
     /// Every range must start and end at a multiple of this many bytes.
     pub const fn granularity(self) -> u64 {
         match self {
-            Self::Anonymous | Self::Memfd => PAGE_SIZE,
+            Self::Anonymous | Self::Memfd | Self::Image => PAGE_SIZE,
             Self::HugePages(size) => size.bytes(),
         }
     }
@@ -108,6 +112,7 @@ impl Mapper {
             Backing::Anonymous => return Ok(Self { backing, file: None, size }),
             Backing::Memfd => MemfdFlags::empty(),
             Backing::HugePages(page) => MemfdFlags::HUGETLB | page.memfd_flag(),
+            Backing::Image => return Err(Error::Size { size, reason: "an image needs its file" }),
         };
         let file = sealed_file(flags, size).map_err(|errno| match backing {
             // No pool of this page size at all.
@@ -117,6 +122,23 @@ impl Mapper {
             _ => Error::File { size, backing: backing.name(), source: errno.into() },
         })?;
         Ok(Self { backing, file: Some((Arc::new(file), 0)), size })
+    }
+
+    /// Prepares memory of `size` bytes that begins as what `file` holds.
+    pub(crate) fn with_image(file: Arc<File>, size: u64) -> Result<Self> {
+        let metadata =
+            file.metadata().map_err(|source| Error::Image { doing: "measure", offset: 0, source })?;
+        if metadata.len() < size {
+            return Err(Error::ImageSize { expected: size, found: metadata.len() });
+        }
+        Ok(Self { backing: Backing::Image, file: Some((file, 0)), size })
+    }
+
+    /// The next range is at `offset` in the file.
+    pub(crate) fn seek(&mut self, offset: u64) {
+        if let Some((_, mapped)) = &mut self.file {
+            *mapped = offset;
+        }
     }
 
     /// Maps the next range. Costs no memory until it is touched, except that huge pages are reserved.
@@ -136,6 +158,7 @@ impl Mapper {
                 match self.backing {
                     // With NORESERVE, a huge page that is missing at a fault would be a SIGBUS.
                     Backing::HugePages(_) => (libc::MAP_SHARED, Some(offset)),
+                    Backing::Image => (libc::MAP_PRIVATE | libc::MAP_NORESERVE, Some(offset)),
                     _ => (libc::MAP_SHARED | libc::MAP_NORESERVE, Some(offset)),
                 }
             }
@@ -168,6 +191,13 @@ impl Mapper {
 
 /// A file in memory whose size is final: nobody who is given its descriptor can make our mapping fault by truncating it.
 fn sealed_file(flags: MemfdFlags, size: u64) -> rustix::io::Result<File> {
+    let file = memory_file(flags, size)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+/// A file in memory that can still be sealed.
+pub(crate) fn memory_file(flags: MemfdFlags, size: u64) -> rustix::io::Result<File> {
     let flags = flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let name = "freestone-guest-memory";
     let fd = match rustix::fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
@@ -176,8 +206,11 @@ fn sealed_file(flags: MemfdFlags, size: u64) -> rustix::io::Result<File> {
         other => other?,
     };
     rustix::fs::ftruncate(&fd, size)?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(File::from(fd))
+}
+
+fn is_private(region: &Region) -> bool {
+    region.flags() & libc::MAP_PRIVATE != 0
 }
 
 /// Makes every page of `region` present, so that no page fault happens later. For regions nothing has been written to.
@@ -193,7 +226,8 @@ pub(crate) fn prefault(region: &Region) -> Result<()> {
         }
     };
     match populated {
-        // Kernels before 5.14 do not know the advice.
+        // Kernels before 5.14 do not know the advice. What an image holds must not be written over.
+        Err(Errno::INVAL) if GuestMemoryRegion::file_offset(region).is_some() && is_private(region) => Ok(()),
         Err(Errno::INVAL) => touch(region),
         other => other.map_err(|errno| Error::Prefault {
             gpa: region.start_addr().0,

@@ -12,6 +12,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::dirty::dirty_bitmap;
 use crate::guest_mem::{MemoryMap, MemorySlice, Region};
+use crate::holes::Holes;
 use crate::layout::PAGE_SIZE;
 use crate::{Error, Result};
 
@@ -22,6 +23,8 @@ enum Way {
     DontNeed,
     /// A memory file of ours at this offset.
     PunchHole(u64),
+    /// A private mapping of a file, which must not show again.
+    CutOut,
     /// They stay.
     Keep,
 }
@@ -42,13 +45,14 @@ impl Way {
                     _ => Self::Keep,
                 }
             }
+            Some(_) if region.flags() & libc::MAP_PRIVATE != 0 => Self::CutOut,
             _ => Self::Keep,
         }
     }
 }
 
 /// Gives back the whole pages in `len` bytes at `gpa`. See [`crate::GuestMem::discard`].
-pub(crate) fn range(map: &MemoryMap, gpa: u64, len: u64) -> Result<u64> {
+pub(crate) fn range(map: &MemoryMap, holes: &Holes, gpa: u64, len: u64) -> Result<u64> {
     let end = gpa.saturating_add(len);
     let mut done = 0;
     for region in map.iter() {
@@ -56,32 +60,36 @@ pub(crate) fn range(map: &MemoryMap, gpa: u64, len: u64) -> Result<u64> {
         // Regions end below 2^52.
         let (from, to) = (gpa.max(start), end.min(start + region.len()));
         if from < to {
-            done += part(region, from - start, to - start)?;
+            done += part(region, holes, from - start, to - start)?;
         }
     }
     Ok(done)
 }
 
 /// Gives back the whole pages in `slice`, wherever it is in guest memory.
-pub(crate) fn slice(map: &MemoryMap, slice: &MemorySlice<'_>) -> Result<u64> {
+pub(crate) fn slice(map: &MemoryMap, holes: &Holes, slice: &MemorySlice<'_>) -> Result<u64> {
     let start = slice.ptr_guard().as_ptr() as u64;
     // A slice can be of any memory of this process: only that of a region is touched.
     for region in map.iter() {
         let base = region.as_ptr() as u64;
         let Some(offset) = start.checked_sub(base).filter(|offset| *offset < region.len()) else { continue };
         let end = offset.saturating_add(slice.len() as u64).min(region.len());
-        return part(region, offset, end);
+        return part(region, holes, offset, end);
     }
     Ok(0)
 }
 
 /// Gives back the whole pages between two offsets of a region.
-fn part(region: &Region, from: u64, to: u64) -> Result<u64> {
+fn part(region: &Region, holes: &Holes, from: u64, to: u64) -> Result<u64> {
     let from = from.next_multiple_of(PAGE_SIZE);
     let to = (to - to % PAGE_SIZE).min(region.len());
     let Some(len) = to.checked_sub(from).filter(|len| *len > 0) else { return Ok(0) };
     let gone = match Way::of(region) {
         Way::Keep => return Ok(0),
+        Way::CutOut => match cut_out(region, holes, from, len) {
+            Ok(false) => return Ok(0),
+            other => other.map(drop),
+        },
         Way::DontNeed => dont_need(region, from, len),
         Way::PunchHole(offset) => punch_hole(region, offset + from, len),
     };
@@ -110,6 +118,12 @@ fn dont_need(region: &Region, from: u64, len: u64) -> rustix::io::Result<()> {
     // and that nothing but volatile accesses use (no reference into guest memory exists). MADV_DONTNEED leaves it mapped:
     // it reads as zeros afterwards.
     unsafe { rustix::mm::madvise(start.cast(), len, Advice::LinuxDontNeed) }
+}
+
+/// `false` if the pages stay.
+fn cut_out(region: &Region, holes: &Holes, from: u64, len: u64) -> rustix::io::Result<bool> {
+    let (Ok(from), Ok(len)) = (usize::try_from(from), usize::try_from(len)) else { return Err(Errno::INVAL) };
+    holes.cut(region, from, len)
 }
 
 fn punch_hole(region: &Region, offset: u64, len: u64) -> rustix::io::Result<()> {
@@ -242,14 +256,28 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[5; 0x4000]).unwrap();
         let file = Arc::new(file);
-        for mapping in [FileMapping::Shared, FileMapping::Private] {
-            let region = RegionBuilder::new(2 * HIGH, 0x4000).file(file.clone(), 0, mapping).build().unwrap();
-            mem.insert_region(region).unwrap();
-            assert_eq!(mem.discard(2 * HIGH, 0x4000).unwrap(), 0);
-            assert!(!mem.can_discard(2 * HIGH));
-            assert_eq!(byte(&mem, 2 * HIGH), 5, "{mapping:?}");
-            mem.remove_region(2 * HIGH).unwrap();
-        }
+        let builder = RegionBuilder::new(2 * HIGH, 0x4000).file(file, 0, FileMapping::Shared);
+        mem.insert_region(builder.build().unwrap()).unwrap();
+        assert_eq!(mem.discard(2 * HIGH, 0x4000).unwrap(), 0);
+        assert!(!mem.can_discard(2 * HIGH));
+        assert_eq!(byte(&mem, 2 * HIGH), 5);
+    }
+
+    #[test]
+    fn pages_of_a_private_file_mapping_read_as_zeros_and_the_file_is_left_as_it_is() {
+        let mem = memory(Backing::Anonymous);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[5; 0x4000]).unwrap();
+        let file = Arc::new(file);
+        let builder = RegionBuilder::new(2 * HIGH, 0x4000).file(file.clone(), 0, FileMapping::Private);
+        mem.insert_region(builder.build().unwrap()).unwrap();
+        mem.view().write_obj(6u8, GuestAddress(2 * HIGH + 0x1000)).unwrap();
+        assert!(mem.can_discard(2 * HIGH));
+        assert_eq!(mem.discard(2 * HIGH + 0x1000, 0x2000).unwrap(), 0x2000);
+        assert_eq!([0, 0x1000, 0x2000, 0x3000].map(|at| byte(&mem, 2 * HIGH + at)), [5, 0, 0, 5]);
+        let mut content = [0; 0x4000];
+        rustix::io::pread(&*file, &mut content, 0).unwrap();
+        assert_eq!(content, [5; 0x4000]);
     }
 
     #[test]

@@ -99,6 +99,97 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Pages could not be fetched in advance.
+    #[error("cannot fetch {len:#x} bytes of guest memory at {gpa:#x} in advance")]
+    Prefetch {
+        /// Guest-physical address of the pages.
+        gpa: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The layout of a memory image makes no sense.
+    #[error("memory image with a range of {len:#x} bytes at {gpa:#x}: {reason}")]
+    ImageLayout {
+        /// Guest-physical address of the offending range.
+        gpa: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Why it is refused.
+        reason: &'static str,
+    },
+    /// A list of pages of a memory image makes no sense.
+    #[error("pages of a memory image, {len:#x} bytes at offset {offset:#x}: {reason}")]
+    Extent {
+        /// Offset in the image.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Why it is refused.
+        reason: &'static str,
+    },
+    /// What belongs into a memory image is no guest memory, or is no part of the image.
+    #[error("guest memory of {len:#x} bytes at {gpa:#x} {reason}")]
+    ImageMemory {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Length in bytes.
+        len: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A memory image is too short.
+    #[error("memory image of {found} bytes, and {expected} are needed")]
+    ImageSize {
+        /// Bytes needed.
+        expected: u64,
+        /// Bytes there are.
+        found: u64,
+    },
+    /// A memory image cannot be used.
+    #[error("memory image: {reason}")]
+    ImageRefused {
+        /// Why it is refused.
+        reason: &'static str,
+    },
+    /// The operating system refused an operation on a memory image.
+    #[error("cannot {doing} the memory image at offset {offset:#x}")]
+    Image {
+        /// What was being done.
+        doing: &'static str,
+        /// Offset in the image.
+        offset: u64,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A memory image does not hold what was written to it.
+    #[error("memory image is damaged within {len:#x} bytes at offset {offset:#x}: the checksum differs")]
+    Damaged {
+        /// Offset of the first damaged chunk.
+        offset: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// Page faults cannot be served from outside.
+    #[error("userfaultfd: cannot {doing}")]
+    #[cfg(feature = "uffd")]
+    Uffd {
+        /// What was being done.
+        doing: &'static str,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// What a page server was told about the memory makes no sense.
+    #[error("page server handshake: {reason}")]
+    #[cfg(feature = "uffd")]
+    Handshake {
+        /// Why it is refused.
+        reason: String,
+    },
     /// A page table cannot hold a mapping.
     #[error("cannot map guest-virtual {gva:#x} to guest-physical {gpa:#x}: {reason}")]
     Mapping {

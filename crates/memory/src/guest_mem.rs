@@ -1,6 +1,7 @@
 //! [`GuestMem`]: the one handle to guest memory that every device, loader and vCPU is given.
 
-use std::num::NonZeroUsize;
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 
 use vm_memory::bitmap::{AtomicBitmap, BS};
@@ -10,12 +11,11 @@ use vm_memory::{
 };
 
 use crate::backing::{self, Mapper};
-use crate::dirty::{DirtyLog, DirtyPages};
+use crate::dirty::{DirtyLog, DirtyPages, dirty_bitmap, new_bitmap};
+use crate::holes::Holes;
+use crate::image::ImageLayout;
 use crate::layout::{self, MAX_PHYS_BITS, RamRange};
 use crate::{Backing, Error, Result, discard};
-
-/// Bytes per bit of the dirty bitmap: the size of a page of KVM's dirty log, so that the two can be merged.
-const DIRTY_PAGE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 
 /// One contiguous range of guest RAM. The dirty bitmap is there only when dirty logging was asked for.
 pub type Region = GuestRegionMmap<Option<AtomicBitmap>>;
@@ -45,6 +45,9 @@ pub struct GuestMem {
     map: GuestMemoryAtomic<MemoryMap>,
     regions: Arc<[Arc<Region>]>,
     backing: Backing,
+    holes: Arc<Holes>,
+    /// Pages that are not present come from a page server, and are not zeros.
+    served: Arc<AtomicBool>,
 }
 
 impl GuestMem {
@@ -110,6 +113,7 @@ impl GuestMem {
         let Some(len) = view.find_region(addr).map(GuestMemoryRegion::len) else { return Err(none) };
         let (map, region) = view.remove_region(addr, len).map_err(|_| none)?;
         lock.replace(map);
+        self.holes.forget(&region);
         Ok(region)
     }
 
@@ -117,13 +121,17 @@ impl GuestMem {
     /// read as zeros, and count as written in the dirty log.
     ///
     /// Nothing happens to what is no memory, and three kinds of memory stay as they are: huge pages, which were reserved so
-    /// that the guest cannot meet an empty pool; files on disk, which would lose data; and mappings made elsewhere that are
-    /// shared without a file.
+    /// that the guest cannot meet an empty pool; files on disk that are mapped shared, which would lose data; and mappings made
+    /// elsewhere that are shared without a file.
+    ///
+    /// A file that is mapped privately (a memory image) is left as it is too: the pages are mapped anew without the file, because
+    /// they would show its bytes again. Each such hole costs the process a mapping, of which it may have a limited number, so
+    /// pages stay once there are too many holes apart from one another.
     ///
     /// # Errors
     /// [`Error::Discard`] if the host refuses, as it does for locked memory.
     pub fn discard(&self, gpa: u64, len: u64) -> Result<u64> {
-        discard::range(&self.view(), gpa, len)
+        discard::range(&self.view(), &self.holes, gpa, len)
     }
 
     /// As [`discard`](Self::discard), for bytes that are known as a slice of guest memory. A slice of anything else is left
@@ -132,7 +140,7 @@ impl GuestMem {
     /// # Errors
     /// As [`discard`](Self::discard).
     pub fn discard_slice(&self, slice: &MemorySlice<'_>) -> Result<u64> {
-        discard::slice(&self.view(), slice)
+        discard::slice(&self.view(), &self.holes, slice)
     }
 
     /// Whether [`discard`](Self::discard) has an effect on the page at `gpa`.
@@ -143,13 +151,29 @@ impl GuestMem {
     /// The log of pages that the VMM itself wrote to, or `None` when [`GuestMemBuilder::dirty_log`] was not asked for.
     ///
     /// The guest's own writes are not in it: a hypervisor keeps a log of those. See [`DirtyPages::merge`].
-    pub fn dirty_log(&self) -> Option<DirtyLog<'_>> {
-        DirtyLog::new(&self.regions)
+    pub fn dirty_log(&self) -> Option<DirtyLog> {
+        self.logs_dirty().then(|| DirtyLog::new(self.view()))
     }
 
-    /// The pages written to since the last call, one item per region, and forgets them. `None` without a dirty log.
+    /// Whether [`GuestMemBuilder::dirty_log`] was asked for.
+    pub fn logs_dirty(&self) -> bool {
+        self.regions.iter().all(|region| dirty_bitmap(region).is_some())
+    }
+
+    /// The pages written to since the last call, one item per region with a log, sorted by address, and forgets them. `None`
+    /// without a dirty log.
     pub fn take_dirty(&self) -> Option<Vec<DirtyPages>> {
-        self.dirty_log().map(DirtyLog::take)
+        self.dirty_log().map(|log| log.take())
+    }
+
+    /// Says that pages which are not present come from elsewhere when they are touched.
+    #[cfg(feature = "uffd")]
+    pub(crate) fn set_served(&self) {
+        self.served.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_served(&self) -> bool {
+        self.served.load(Ordering::Acquire)
     }
 }
 
@@ -158,6 +182,8 @@ impl GuestMem {
 pub struct GuestMemBuilder {
     ranges: Vec<RamRange>,
     backing: Backing,
+    image: Option<Arc<File>>,
+    image_layout: Option<ImageLayout>,
     prefault: bool,
     dirty_log: bool,
 }
@@ -170,13 +196,44 @@ impl GuestMemBuilder {
 
     /// Exactly these ranges: sorted, page-aligned (for huge pages: aligned to one of them), not overlapping.
     pub fn with_ranges(ranges: Vec<RamRange>) -> Self {
-        Self { ranges, backing: Backing::default(), prefault: false, dirty_log: false }
+        Self {
+            ranges,
+            backing: Backing::default(),
+            image: None,
+            image_layout: None,
+            prefault: false,
+            dirty_log: false,
+        }
     }
 
     /// Chooses the host memory behind the guest's.
     #[must_use]
     pub fn backing(mut self, backing: Backing) -> Self {
         self.backing = backing;
+        self
+    }
+
+    /// Maps a [memory image](crate::image) in place of memory: region after region from the file's first byte on, privately. What
+    /// is written stays in this process, the file is only read, and holes in it read as zeros. The memory is ready at once,
+    /// whatever its size. It takes the place of [`backing`](Self::backing).
+    ///
+    /// The file must be as long as the memory. Who shrinks it later ends this process by SIGBUS: see
+    /// [`image::open`](crate::image::open), which takes a lock on it, and
+    /// [`image::to_memfd`](crate::image::to_memfd), whose files cannot shrink.
+    #[must_use]
+    pub fn image(mut self, file: Arc<File>) -> Self {
+        self.backing = Backing::Image;
+        self.image = Some(file);
+        self
+    }
+
+    /// The image that is mapped has this layout: each range is looked up in it. Without one, the image has just this memory.
+    ///
+    /// It is for images of more than the boot RAM. The rest of such an image is mapped by
+    /// [`RegionBuilder::file`](crate::RegionBuilder::file), privately and at its [offset](ImageLayout::offset_of), and inserted.
+    #[must_use]
+    pub fn image_layout(mut self, layout: ImageLayout) -> Self {
+        self.image_layout = Some(layout);
         self
     }
 
@@ -202,15 +259,23 @@ impl GuestMemBuilder {
     /// - [`Error::Map`], [`Error::File`]: the operating system refused.
     /// - [`Error::HugePages`]: the host's pool of huge pages is too small.
     /// - [`Error::Prefault`]: the pages could not be made present.
+    /// - [`Error::ImageSize`]: the image is shorter than the memory; [`Error::Image`]: its length is not known;
+    ///   [`Error::ImageMemory`]: its layout does not have the memory.
     pub fn build(self) -> Result<GuestMem> {
         let size = self.check()?;
-        let mut mapper = Mapper::new(self.backing, size)?;
+        let image_layout = self.image_layout.as_ref().filter(|_| self.backing == Backing::Image);
+        let mut mapper = match (self.backing, &self.image) {
+            (Backing::Image, Some(file)) => {
+                Mapper::with_image(Arc::clone(file), image_layout.map_or(size, ImageLayout::size))?
+            }
+            (backing, _) => Mapper::new(backing, size)?,
+        };
         let mut regions = Vec::with_capacity(self.ranges.len());
         for range in &self.ranges {
-            let bitmap = match usize::try_from(range.len) {
-                Ok(len) if self.dirty_log => Some(AtomicBitmap::new(len, DIRTY_PAGE)),
-                _ => None,
-            };
+            let bitmap = if self.dirty_log { new_bitmap(range.len) } else { None };
+            if let Some(layout) = image_layout {
+                mapper.seek(place(layout, range)?);
+            }
             let mapping = mapper.map(*range, bitmap)?;
             let region = Region::new(mapping, GuestAddress(range.start))
                 .ok_or(Error::Size { size: range.len, reason: "it wraps the address space" })?;
@@ -221,7 +286,13 @@ impl GuestMemBuilder {
         }
         let map = MemoryMap::from_arc_regions(regions.clone())
             .map_err(|_| Error::Overlap { gpa: self.ranges.first().map_or(0, |r| r.start) })?;
-        Ok(GuestMem { map: GuestMemoryAtomic::new(map), regions: regions.into(), backing: self.backing })
+        Ok(GuestMem {
+            map: GuestMemoryAtomic::new(map),
+            regions: regions.into(),
+            backing: self.backing,
+            holes: Arc::default(),
+            served: Arc::default(),
+        })
     }
 
     /// Checks the ranges and returns the sum of their sizes.
@@ -258,6 +329,19 @@ impl GuestMemBuilder {
         }
         Ok(size)
     }
+}
+
+/// Where a range begins in an image that must have it in one piece.
+fn place(layout: &ImageLayout, range: &RamRange) -> Result<u64> {
+    let missing = Error::ImageMemory {
+        gpa: range.start,
+        len: range.len,
+        reason: "has no place in the image, or not one",
+    };
+    let Some(offset) = layout.offset_of(range.start) else { return Err(missing) };
+    // Ranges of a layout that follow each other in memory do so in the image.
+    let end = range.end().and_then(|end| layout.offset_of(end.checked_sub(1)?));
+    if end == (offset + range.len).checked_sub(1) { Ok(offset) } else { Err(missing) }
 }
 
 impl GuestAddressSpace for GuestMem {

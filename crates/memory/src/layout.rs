@@ -14,6 +14,7 @@
 //! | `0x9000` | [`BOOT_PAGE_TABLES`] |
 //! | `0x2_0000` | [`CMDLINE`] |
 //! | `0x9_FC00` | end of conventional RAM: [`EBDA_START`] |
+//! | `0xD_F000` | [`GENERATION_ID`] of the virtual machine |
 //! | `0xE_0000` | [`ACPI_TABLES`], the RSDP first |
 //! | `0x10_0000` | [`HIGH_MEMORY`] |
 //!
@@ -71,6 +72,8 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_MAX: u64 = 0x1_0000;
 /// End of conventional RAM; the extended BIOS data area would start here.
 pub const EBDA_START: u64 = 0x9_FC00;
+/// The generation ID of the virtual machine: 16 bytes, in a page of the BIOS area that nothing else uses.
+pub const GENERATION_ID: u64 = 0xD_F000;
 /// ACPI tables, the RSDP first: a guest scans `0xE_0000..0x10_0000` for it in steps of 16 bytes (ACPI 6.5, 5.2.5.1).
 pub const ACPI_TABLES: u64 = 0xE_0000;
 /// End (exclusive) of the room for ACPI tables.
@@ -92,6 +95,7 @@ const _: () = {
     assert!(ZERO_PAGE + PAGE_SIZE < BOOT_STACK && BOOT_STACK <= BOOT_PAGE_TABLES);
     assert!(BOOT_PAGE_TABLES < BOOT_PAGE_TABLES_END && BOOT_PAGE_TABLES_END <= CMDLINE);
     assert!(CMDLINE + CMDLINE_MAX <= EBDA_START);
+    assert!(EBDA_START < GENERATION_ID && GENERATION_ID + PAGE_SIZE <= ACPI_TABLES);
     assert!(EBDA_START < ACPI_TABLES && ACPI_TABLES_END <= HIGH_MEMORY);
     assert!(HOLE_START <= MMIO_START && MMIO_END <= IOAPIC_ADDR && KVM_PRIVATE_END <= RAM_ABOVE_HOLE);
 };

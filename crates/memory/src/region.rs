@@ -6,10 +6,12 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress};
 
 use crate::backing::Mapper;
+use crate::dirty::new_bitmap;
 use crate::guest_mem::Region;
 use crate::layout::{MAX_PHYS_BITS, PAGE_SIZE, RamRange};
 use crate::{Backing, Error, Result};
@@ -39,12 +41,17 @@ enum Source {
 pub struct RegionBuilder {
     range: RamRange,
     source: Source,
+    dirty_log: bool,
 }
 
 impl RegionBuilder {
     /// `len` bytes of anonymous memory at guest-physical address `gpa`. Both must be multiples of 4096.
     pub fn new(gpa: u64, len: u64) -> Self {
-        Self { range: RamRange { start: gpa, len }, source: Source::Memory(Backing::Anonymous) }
+        Self {
+            range: RamRange { start: gpa, len },
+            source: Source::Memory(Backing::Anonymous),
+            dirty_log: false,
+        }
     }
 
     /// Chooses the host memory. Address and length must be multiples of [`Backing::granularity`].
@@ -61,6 +68,14 @@ impl RegionBuilder {
     #[must_use]
     pub fn file(mut self, file: Arc<File>, offset: u64, mapping: FileMapping) -> Self {
         self.source = Source::File { file, offset, mapping };
+        self
+    }
+
+    /// Keeps a dirty bitmap of the VMM's own writes, as [`GuestMemBuilder::dirty_log`](crate::GuestMemBuilder::dirty_log) does
+    /// for the boot RAM. What is inserted beside memory that [logs](crate::GuestMem::logs_dirty) should log too.
+    #[must_use]
+    pub fn dirty_log(mut self, on: bool) -> Self {
+        self.dirty_log = on;
         self
     }
 
@@ -81,9 +96,11 @@ impl RegionBuilder {
         if self.range.end().is_none_or(|end| end > 1 << MAX_PHYS_BITS) {
             return Err(self.refuse("it goes beyond the 52-bit guest-physical address space"));
         }
+        let bitmap = if self.dirty_log { new_bitmap(len) } else { None };
         let mapping = match &self.source {
-            Source::Memory(backing) => Mapper::new(*backing, len)?.map(self.range, None)?,
-            Source::File { file, offset, mapping } => self.map_file(file, *offset, *mapping)?,
+            Source::Memory(Backing::Image) => return Err(self.refuse("an image is mapped as a private file")),
+            Source::Memory(backing) => Mapper::new(*backing, len)?.map(self.range, bitmap)?,
+            Source::File { file, offset, mapping } => self.map_file(file, *offset, *mapping, bitmap)?,
         };
         let region = Region::new(mapping, GuestAddress(start));
         region.map(Arc::new).ok_or_else(|| self.refuse("it wraps the address space"))
@@ -94,7 +111,8 @@ impl RegionBuilder {
         file: &Arc<File>,
         offset: u64,
         mapping: FileMapping,
-    ) -> Result<vm_memory::MmapRegion<Option<vm_memory::bitmap::AtomicBitmap>>> {
+        bitmap: Option<AtomicBitmap>,
+    ) -> Result<MmapRegion<Option<AtomicBitmap>>> {
         let RamRange { start: gpa, len } = self.range;
         let failed = |source| Error::Map { gpa, len, backing: "file", source };
         let size = file.metadata().map_err(failed)?.len();
@@ -110,7 +128,7 @@ impl RegionBuilder {
             FileMapping::Private => (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE),
             FileMapping::ReadOnly => (libc::PROT_READ, libc::MAP_SHARED),
         };
-        MmapRegionBuilder::new_with_bitmap(bytes, None)
+        MmapRegionBuilder::new_with_bitmap(bytes, bitmap)
             .with_mmap_prot(prot)
             .with_mmap_flags(flags | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))

@@ -59,6 +59,12 @@ impl AtomicFile {
         Err(Error::File { op: "find a free name beside", path, source })
     }
 
+    /// The file aside, to write to it at offsets. What was written through [`Write`] and not flushed is not in it yet.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        self.stream.get_ref()
+    }
+
     /// Writes everything to the disk, moves the file to its name, and writes the folder to the disk.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ mod header;
 mod reader;
 mod section;
 mod sections;
+mod state;
 mod writer;
 
 pub use error::{Cause, Error, Result};
@@ -16,4 +17,5 @@ pub use header::{Arch, Header};
 pub use reader::{Info, Limits, Reader, SectionInfo, SectionReader};
 pub use section::{Section, step};
 pub use sections::Sections;
+pub use state::{Restoring, Saving, State};
 pub use writer::{SectionWriter, Writer};

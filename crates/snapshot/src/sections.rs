@@ -3,18 +3,18 @@
 use std::collections::BTreeMap;
 use std::io::Read;
 
-use crate::{Error, Header, Reader, Result, Section, SectionReader, section};
+use crate::{Error, Header, Reader, Restoring, Result, Section, SectionReader, State, section};
 
-#[derive(Debug)]
-struct Body {
-    version: u32,
-    optional: bool,
-    bytes: Vec<u8>,
+#[derive(Debug, Clone)]
+pub(crate) struct Body {
+    pub(crate) version: u32,
+    pub(crate) optional: bool,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// The sections of a snapshot, read and checked but not yet decoded. They are taken by their owners, in whatever order the
 /// snapshot has them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Sections {
     header: Header,
     bodies: BTreeMap<String, Body>,
@@ -53,6 +53,15 @@ impl Sections {
         Ok(Self { header, bodies })
     }
 
+    pub(crate) fn from_bodies(header: Header, bodies: BTreeMap<String, Body>) -> Self {
+        Self { header, bodies }
+    }
+
+    /// What `instance`, such as a device by its name, takes its states by.
+    pub fn of<'a>(&'a mut self, instance: &'a str) -> Restoring<'a> {
+        Restoring::new(self, instance)
+    }
+
     /// What the snapshot is of, and who wrote it.
     #[must_use]
     pub fn header(&self) -> &Header {
@@ -73,6 +82,23 @@ impl Sections {
         self.take_if_present()?.ok_or_else(|| Error::Missing { name: S::NAME.to_owned() })
     }
 
+    /// Decodes the section of `S` and leaves it where it is.
+    ///
+    /// # Errors
+    ///
+    /// As [`take`](Self::take).
+    pub fn peek<S: Section>(&self) -> Result<S> {
+        let body = self.bodies.get(S::NAME).ok_or_else(|| Error::Missing { name: S::NAME.to_owned() })?;
+        section::check::<S>(S::NAME, body.version)?;
+        section::decode(S::NAME, body.version, body.bytes.clone())
+    }
+
+    /// The sections that nobody took, to be written again as they are.
+    #[must_use]
+    pub fn into_state(self) -> State {
+        State::from_bodies(self.bodies)
+    }
+
     /// Takes the section of `S`, if there is one.
     ///
     /// # Errors
@@ -90,6 +116,15 @@ impl Sections {
     pub fn take_instance<S: Section>(&mut self, instance: &str) -> Result<S> {
         let name = section::name_of::<S>(instance);
         self.take_named(&name)?.ok_or(Error::Missing { name })
+    }
+
+    /// Takes one of several sections of `S`, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SectionReader::decode`].
+    pub fn take_instance_if_present<S: Section>(&mut self, instance: &str) -> Result<Option<S>> {
+        self.take_named(&section::name_of::<S>(instance))
     }
 
     fn take_named<S: Section>(&mut self, name: &str) -> Result<Option<S>> {

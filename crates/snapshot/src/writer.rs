@@ -129,7 +129,7 @@ impl<W: Write> Writer<W> {
     }
 }
 
-fn io_error(source: io::Error) -> Error {
+pub(crate) fn io_error(source: io::Error) -> Error {
     Error::Io { op: "write", source }
 }
 

@@ -58,7 +58,7 @@ pub enum Error {
     Lifecycle {
         /// Name of the device.
         device: String,
-        /// `pause`, `resume` or `shutdown`.
+        /// `pause`, `resume`, `save`, `restore` or `shutdown`.
         op: &'static str,
         /// The device's reason.
         #[source]

@@ -16,7 +16,15 @@ pub(crate) struct Edges {
 #[derive(Debug, Default, Clone, Copy)]
 struct Line {
     raised: u64,
+    /// Edges that were on their way when the VM was saved from which this one was restored.
+    restored: u64,
     taken: u64,
+}
+
+impl Line {
+    fn is_pending(self) -> bool {
+        self.taken < self.raised.saturating_add(self.restored)
+    }
 }
 
 impl Edges {
@@ -37,12 +45,29 @@ impl Edges {
     /// Takes one edge that nobody took yet.
     pub(crate) fn take(&self, gsi: u32) -> bool {
         match self.lock().get_mut(&gsi) {
-            Some(line) if line.taken < line.raised => {
+            Some(line) if line.is_pending() => {
                 line.taken += 1;
                 true
             }
             _ => false,
         }
+    }
+
+    /// The lines below 32 with an edge that nobody took yet, one bit each.
+    pub(crate) fn pending(&self) -> u32 {
+        let lines = self.lock();
+        let pending = lines.iter().filter(|(_, line)| line.is_pending());
+        pending.map(|(&gsi, _)| 1_u32.checked_shl(gsi).unwrap_or(0)).fold(0, |all, bit| all | bit)
+    }
+
+    /// Gives each of these lines an edge that nobody took yet, and that no device raised here.
+    pub(crate) fn restore(&self, pending: u32) {
+        let mut lines = self.lock();
+        for gsi in (0..u32::BITS).filter(|gsi| pending & 1 << gsi != 0) {
+            lines.entry(gsi).or_default().restored += 1;
+        }
+        drop(lines);
+        self.changed.notify_all();
     }
 
     /// Waits until `done`, looking again whenever an edge or a [`wake`](Self::wake) comes; `false` after `timeout`.

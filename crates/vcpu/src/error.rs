@@ -69,6 +69,25 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The vCPU's state was asked for while it was not paused.
+    #[error("vCPU {index} is not paused")]
+    NotPaused {
+        /// Number of the vCPU.
+        index: u32,
+    },
+    /// A saved state has a value that no vCPU or VM has.
+    #[error("the saved {what} is {value:#x}: {reason}")]
+    Saved {
+        /// Which value.
+        what: &'static str,
+        /// The value, or how many there are.
+        value: u64,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A state is of a kind that this version cannot save.
+    #[error("{0} cannot be saved")]
+    Unsaved(&'static str),
     /// The thread of a vCPU panicked, which is a defect of a device model or of this crate.
     #[error("the thread of vCPU {index} panicked")]
     Panicked {

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
+pub mod compat;
 pub mod cpuid;
 mod crash;
 mod dispatch;
@@ -9,14 +10,17 @@ mod error;
 pub mod lapic;
 pub mod msr;
 mod run;
+pub mod state;
 pub mod stats;
 mod thread;
 
 pub use boot::{BootState, configure_boot};
+pub use compat::{Mismatch, Severity};
 pub use cpuid::{CpuidConfig, Topology};
 pub use crash::Crash;
 pub use dispatch::{Dispatcher, KVM_ENOSYS, Refused, Step, StopReason};
 pub use error::{Error, Result};
 pub use run::{ACK_TIMEOUT, Control, Outcome, RunLoop, State, Turn};
+pub use state::{VcpuSection, VmSection};
 pub use stats::{ExitStats, NoObserver, Observer};
 pub use thread::{Ended, VcpuThread, spawn_vcpu};

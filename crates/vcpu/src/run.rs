@@ -4,10 +4,10 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use freestone_hypervisor::{Kicker, Vcpu};
+use freestone_hypervisor::{CpuState, Kicker, Vcpu};
 
 use crate::{Dispatcher, Error, NoObserver, Observer, Result, Step, StopReason};
 
@@ -43,8 +43,17 @@ pub struct Control {
     index: u32,
     request: AtomicU8,
     kicker: Kicker,
-    state: Mutex<State>,
+    state: Mutex<Guarded>,
     changed: Condvar,
+}
+
+/// What [`Control::call`] runs on the vCPU's thread.
+type Job = Box<dyn FnOnce(&mut dyn CpuState) + Send>;
+
+/// What the lock of a [`Control`] is for.
+struct Guarded {
+    state: State,
+    jobs: Vec<Job>,
 }
 
 impl Control {
@@ -54,7 +63,7 @@ impl Control {
             index,
             request: AtomicU8::new(RUN),
             kicker,
-            state: Mutex::new(State::Idle),
+            state: Mutex::new(Guarded { state: State::Idle, jobs: Vec::new() }),
             changed: Condvar::new(),
         })
     }
@@ -66,7 +75,30 @@ impl Control {
 
     /// What the vCPU is doing.
     pub fn state(&self) -> State {
-        *self.lock()
+        self.lock().state
+    }
+
+    /// Runs `f` with the state of the vCPU, on the thread that drives it, and waits for the answer. The vCPU must be paused, and
+    /// driven by [`RunLoop::run`]: who drives it by [`RunLoop::step`] has [`RunLoop::vcpu_mut`].
+    ///
+    /// # Errors
+    /// [`Error::NotPaused`] if it is not, or is let go meanwhile.
+    pub fn call<R, F>(&self, f: F) -> Result<R>
+    where
+        R: Send + 'static,
+        F: FnOnce(&mut dyn CpuState) -> R + Send + 'static,
+    {
+        let refused = || Error::NotPaused { index: self.index };
+        let (answer, answered) = mpsc::sync_channel(1);
+        {
+            let mut inner = self.lock();
+            if inner.state != State::Paused {
+                return Err(refused());
+            }
+            inner.jobs.push(Box::new(move |state| drop(answer.send(f(state)))));
+        }
+        self.changed.notify_all();
+        answered.recv().map_err(|_| refused())
     }
 
     /// Makes the vCPU leave the guest and waits, at most [`ACK_TIMEOUT`], until it has.
@@ -118,7 +150,7 @@ impl Control {
             return;
         }
         self.request.store(request, Ordering::Release);
-        let running = *state == State::Running;
+        let running = state.state == State::Running;
         drop(state);
         self.changed.notify_all();
         if running && request != RUN {
@@ -129,7 +161,7 @@ impl Control {
     fn wait_until_out(&self, what: &'static str) -> Result<()> {
         let deadline = Instant::now() + ACK_TIMEOUT;
         let mut state = self.lock();
-        while *state == State::Running {
+        while state.state == State::Running {
             // Somebody took the request back: there is nothing to wait for.
             if self.request.load(Ordering::Relaxed) == RUN {
                 return Ok(());
@@ -147,7 +179,7 @@ impl Control {
     fn enter(&self) -> u8 {
         let mut state = self.lock();
         let request = self.request.load(Ordering::Relaxed);
-        *state = match request {
+        state.state = match request {
             RUN => State::Running,
             PAUSE => State::Paused,
             _ => State::Ended,
@@ -158,19 +190,32 @@ impl Control {
     }
 
     pub(crate) fn end(&self) {
-        *self.lock() = State::Ended;
+        let mut state = self.lock();
+        state.state = State::Ended;
+        // Whoever waits for an answer learns that there will be none.
+        state.jobs.clear();
+        drop(state);
         self.changed.notify_all();
     }
 
-    /// Waits while a pause is asked for.
-    pub(crate) fn park(&self) {
+    /// Waits while a pause is asked for, and does meanwhile what is asked of `vcpu`.
+    pub(crate) fn park(&self, vcpu: &mut dyn CpuState) {
         let mut state = self.lock();
-        while self.request.load(Ordering::Relaxed) == PAUSE {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let jobs = std::mem::take(&mut state.jobs);
+            if !jobs.is_empty() {
+                drop(state);
+                jobs.into_iter().for_each(|job| job(vcpu));
+                state = self.lock();
+            } else if self.request.load(Ordering::Relaxed) == PAUSE {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            } else {
+                break;
+            }
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, Guarded> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -264,7 +309,7 @@ impl<V: Vcpu, O: Observer> RunLoop<V, O> {
         loop {
             match self.step()? {
                 Turn::Ran => {}
-                Turn::Paused => self.control.park(),
+                Turn::Paused => self.control.park(&mut self.vcpu),
                 Turn::Ended(outcome) => return Ok(outcome),
             }
         }

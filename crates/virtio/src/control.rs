@@ -28,6 +28,10 @@ impl Lasting {
         self.generation.load(Ordering::Acquire)
     }
 
+    pub(crate) fn restore(&self, generation: u32) {
+        self.generation.store(generation, Ordering::Release);
+    }
+
     pub(crate) fn faults(&self) -> u64 {
         self.faults.load(Ordering::Relaxed)
     }
@@ -77,7 +81,13 @@ impl DeviceControl {
         self.interrupt();
     }
 
-    fn interrupt(&self) {
+    /// The device gave up before it was saved, which was counted and told then.
+    pub(crate) fn restore_needs_reset(&self) {
+        self.needs_reset.store(true, Ordering::Release);
+    }
+
+    /// Sends a configuration change notification.
+    pub(crate) fn interrupt(&self) {
         if let Err(error) = self.irq.trigger() {
             tracing::warn!(device = %self.lasting.name, %error, "cannot interrupt the guest");
         }

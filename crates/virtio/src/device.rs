@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use freestone_bus::{EventFd, Irq, Wiring, Work};
 use freestone_memory::GuestMem;
+use freestone_snapshot::{Restoring, Saving};
 
 use crate::queue::VirtQueue;
 use crate::{DeviceControl, Result};
@@ -118,6 +119,25 @@ pub trait VirtioDevice: Send {
 
     /// The driver reset the device; its workers were stopped before. State that a driver can see goes back to the start.
     fn reset(&mut self) {}
+
+    /// Writes what the device itself remembers, beside features and queues, which the transport saves. Called while the workers
+    /// are stopped. A device that remembers nothing says so by an empty function.
+    ///
+    /// # Errors
+    /// If there is no way to save this device, which is so by default, or the state cannot be written.
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
+    }
+
+    /// Becomes what was saved: called once on a fresh device, before [`start`](Self::start) comes with the `features` and
+    /// queues of the saved one. The state is untrusted.
+    ///
+    /// # Errors
+    /// If the state is missing or cannot be that of this device.
+    fn restore(&mut self, features: u64, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        let _ = features;
+        Err(freestone_bus::Error::NotSaved { device: state.instance().to_owned() })
+    }
 
     /// The machine ends; the workers were stopped before. Makes durable what the guest believes written.
     ///

@@ -30,6 +30,8 @@ pub mod queue;
 pub mod rate;
 #[cfg(feature = "rng")]
 pub mod rng;
+#[cfg(all(test, any(feature = "mem", feature = "net", feature = "pmem", feature = "vsock")))]
+mod state_tests;
 pub mod stats;
 pub mod transport;
 #[cfg(feature = "vsock")]

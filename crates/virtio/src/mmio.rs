@@ -11,6 +11,8 @@ use freestone_bus::{
     IrqTarget, Plug, Resource, Spawn, Wiring,
 };
 use freestone_memory::GuestMem;
+use freestone_snapshot::{Restoring, Saving, Section};
+use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::device::VirtioDevice;
@@ -140,6 +142,22 @@ impl std::fmt::Debug for MmioWiring {
     }
 }
 
+/// What the transport adds to [`CoreState`](crate::transport::state::CoreState): the section `virtio-mmio`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MmioState {
+    /// Guest-physical address of the registers.
+    pub base: u64,
+    /// The interrupt line, where the transport was plugged in.
+    pub gsi: Option<u32>,
+    /// The interrupt status register.
+    pub interrupt_status: u32,
+}
+
+impl Section for MmioState {
+    const NAME: &'static str = "virtio-mmio";
+    const VERSION: u32 = 1;
+}
+
 /// A virtio device behind MMIO registers. Most users want [`VirtioMmioPlug`], which makes one and wires it up.
 #[derive(Debug)]
 pub struct MmioTransport {
@@ -200,6 +218,51 @@ impl MmioTransport {
     /// As [`DeviceCore::faults`].
     pub fn faults(&self) -> u64 {
         self.lock().faults()
+    }
+
+    /// Writes the section `virtio-mmio`, and as [`DeviceCore::save`].
+    ///
+    /// # Errors
+    /// As [`DeviceCore::save`].
+    pub fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        self.save_on(None, state)
+    }
+
+    /// As [`DeviceCore::restore`]. The registers must be at the same address.
+    ///
+    /// # Errors
+    /// As [`DeviceCore::restore`].
+    pub fn restore(&self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        self.restore_on(None, state)
+    }
+
+    fn save_on(&self, gsi: Option<u32>, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        let core = self.lock();
+        let interrupt_status = self.line.status.load(Ordering::Acquire);
+        let saved = MmioState { base: core.ops().base, gsi, interrupt_status };
+        state.put(&saved).map_err(freestone_bus::Error::state("save"))?;
+        core.save(state)
+    }
+
+    fn restore_on(&self, gsi: Option<u32>, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        let mut core = self.lock();
+        let saved: MmioState = state.take().map_err(freestone_bus::Error::state("restore"))?;
+        let line = |gsi: Option<u32>| gsi.map_or(u64::MAX, u64::from);
+        let rules = [
+            (saved.base == core.ops().base, "address of the registers", saved.base),
+            (saved.gsi == gsi, "interrupt line", line(saved.gsi)),
+            (
+                saved.interrupt_status & !(INTERRUPT_USED | INTERRUPT_CONFIG) == 0,
+                "interrupt status",
+                saved.interrupt_status.into(),
+            ),
+        ];
+        if let Some(&(_, what, value)) = rules.iter().find(|(kept, ..)| !kept) {
+            let device = state.instance().to_owned();
+            return Err(freestone_bus::Error::BadState { device, what, value });
+        }
+        self.line.status.store(saved.interrupt_status, Ordering::Release);
+        core.restore(state)
     }
 
     fn lock(&self) -> MutexGuard<'_, DeviceCore<MmioOps>> {
@@ -318,23 +381,37 @@ pub(crate) fn plug(mut parts: Parts, wiring: &mut dyn Wiring) -> freestone_bus::
     wiring.mmio(base, MMIO_LEN, transport.clone())?;
     let resources = vec![Resource::Mmio { base, len: MMIO_LEN }, Resource::Irq { gsi }];
     wiring.describe(Description { hid: "LNRO0005", resources });
-    Ok(Box::new(Plugged::new(parts.name, transport)))
+    Ok(Box::new(Plugged::new(parts.name, Arc::new(Placed { transport, gsi }))))
 }
 
-impl Lifecycle for MmioTransport {
+/// A transport with its interrupt line.
+struct Placed {
+    transport: Arc<MmioTransport>,
+    gsi: u32,
+}
+
+impl Lifecycle for Placed {
     fn pause(&self) {
-        self.pause();
+        self.transport.pause();
     }
 
     fn resume(&self) -> Result<()> {
-        self.resume()
+        self.transport.resume()
     }
 
     fn shutdown(&self) -> Result<()> {
-        self.shutdown()
+        self.transport.shutdown()
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        self.transport.save_on(Some(self.gsi), state)
+    }
+
+    fn restore(&self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        self.transport.restore_on(Some(self.gsi), state)
     }
 
     fn unplug(&self) {
-        self.halt();
+        self.transport.halt();
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use freestone_bus::{Device, Plug, Spawn, Wiring};
+use freestone_snapshot::{Restoring, Saving};
 
 use crate::stats::DeviceStats;
 use crate::{Error, Result, VirtioDevice};
@@ -86,6 +87,8 @@ pub(crate) trait Lifecycle: Send + Sync {
     fn pause(&self);
     fn resume(&self) -> Result<()>;
     fn shutdown(&self) -> Result<()>;
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()>;
+    fn restore(&self, state: &mut Restoring<'_>) -> freestone_bus::Result<()>;
     /// The machine takes the device away: its work ends, and nothing of it stays on a bus that a guest can find.
     fn unplug(&self);
 }
@@ -114,6 +117,14 @@ impl<T: Lifecycle> Device for Plugged<T> {
 
     fn resume(&mut self) -> freestone_bus::Result<()> {
         self.transport.resume().map_err(bus_error("resume a virtio device"))
+    }
+
+    fn save(&mut self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        self.transport.save(state)
+    }
+
+    fn restore(&mut self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        self.transport.restore(state)
     }
 
     fn shutdown(&mut self) -> freestone_bus::Result<()> {

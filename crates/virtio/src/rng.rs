@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use freestone_bus::{Progress, Source, Work};
 use freestone_memory::GuestMem;
+use freestone_snapshot::{Restoring, Saving};
 
 use crate::device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 use crate::queue::{AttachedQueue, ChainBuffers, SpareBuffers};
@@ -118,6 +119,15 @@ impl VirtioDevice for Rng {
             Ok(Box::new(worker) as Box<dyn Worker>)
         });
         workers.collect()
+    }
+
+    /// It remembers nothing that its driver can see. The rate limit is the host's: what of it is used up is not kept.
+    fn save(&self, _state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        Ok(())
+    }
+
+    fn restore(&mut self, _features: u64, _state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        Ok(())
     }
 }
 

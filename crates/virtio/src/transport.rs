@@ -4,6 +4,7 @@
 //! decodes its own register layout, calls one method for each register, and supplies what differs in [`TransportOps`].
 
 mod area;
+pub mod state;
 
 use std::fmt;
 use std::io;
@@ -122,6 +123,8 @@ pub struct DeviceCore<T> {
     queue_select: u16,
     queues: Vec<QueueRegisters>,
     activity: Activity,
+    /// It was restored and did not go on since.
+    restored: bool,
 }
 
 impl<T: TransportOps> DeviceCore<T> {
@@ -166,6 +169,7 @@ impl<T: TransportOps> DeviceCore<T> {
             queue_select: 0,
             queues,
             activity: Activity::Stopped,
+            restored: false,
         };
         core.watch_kicks();
         Ok(core)
@@ -427,15 +431,19 @@ impl<T: TransportOps> DeviceCore<T> {
             if registers.ready {
                 let queue =
                     VirtQueue::new(registers.config, registers.max_size, self.driver_features, &view)?;
-                let queue = match self.stats.queues().get(usize::from(index)) {
-                    Some(stats) => queue.with_stats(Arc::clone(stats)),
-                    None => queue,
-                };
-                let irq = self.ops.queue_irq(index);
-                active.push(ActiveQueue { index, queue, kick: Arc::clone(kick), irq });
+                active.push(self.wire(index, queue, Arc::clone(kick)));
             }
         }
         Ok(active)
+    }
+
+    /// Gives `queue` its statistics and its interrupt.
+    fn wire(&self, index: u16, queue: VirtQueue, kick: Arc<EventFd>) -> ActiveQueue {
+        let queue = match self.stats.queues().get(usize::from(index)) {
+            Some(stats) => queue.with_stats(Arc::clone(stats)),
+            None => queue,
+        };
+        ActiveQueue { index, queue, kick, irq: self.ops.queue_irq(index) }
     }
 
     /// Doorbells for the queues that the driver enabled.
@@ -509,6 +517,7 @@ impl<T: TransportOps> DeviceCore<T> {
         drop(self.stop());
         self.device.reset();
         self.ops.reset();
+        self.restored = false;
         self.status = 0;
         self.driver_features = 0;
         self.unknown_features = false;
@@ -530,16 +539,23 @@ impl<T: TransportOps> DeviceCore<T> {
         }
     }
 
-    /// Goes on where [`pause`](Self::pause) stopped.
+    /// Goes on where [`pause`](Self::pause) stopped, or where [`restore`](Self::restore) says. Workers look at their queues at once,
+    /// so a kick that came in between, or before the save, is not lost.
     ///
     /// # Errors
     /// If the device cannot start; it then needs a reset.
     pub fn resume(&mut self) -> Result<()> {
-        if !matches!(self.activity, Activity::Paused { .. }) {
-            return Ok(());
+        let restored = std::mem::take(&mut self.restored);
+        let mut irqs = Vec::new();
+        if matches!(self.activity, Activity::Paused { .. }) {
+            let (queues, doorbells) = self.stop();
+            irqs.extend(queues.iter().map(|queue| queue.irq.clone()));
+            self.start(queues, doorbells).inspect_err(|error| self.control.fault(error))?;
         }
-        let (queues, doorbells) = self.stop();
-        self.start(queues, doorbells).inspect_err(|error| self.control.fault(error))
+        if restored {
+            self.announce(&irqs);
+        }
+        Ok(())
     }
 
     /// Stops the device's work and forgets its queues, as a machine does with a device that it takes away. The driver finds no

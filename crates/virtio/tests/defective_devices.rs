@@ -11,12 +11,14 @@ use freestone_bus::{
     Progress, Registration, Source, Spawn, Wiring, Work,
 };
 use freestone_memory::{Bytes, GuestAddress, GuestMem};
+use freestone_snapshot::{Restoring, Saving, Section};
 use freestone_testkit::conformance::{CHECKS, virtio_mmio, virtio_pci};
 use freestone_virtio::mmio::reg;
 use freestone_virtio::{
     ActiveQueue, DeviceInfo, DeviceType, Resources, Result, SpareBuffers, Transport, VirtioDevice,
     VirtioPlug, Worker,
 };
+use serde::{Deserialize, Serialize};
 
 /// What may be wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +33,9 @@ enum Defect {
     PanicsOnConfigOffset,
     TornConfig,
     DeadAfterReset,
+    ForgetsOnSave,
+    LosesRequestOnRestore,
+    PanicsOnState,
     // Of the registers.
     QueueFollowsItsRegisters,
     ActivatedTwice,
@@ -48,13 +53,24 @@ struct Faulty {
     astray: Option<Arc<Astray>>,
     task: Option<Registration>,
     resets: usize,
+    /// That it was started: what is in a snapshot.
+    remembered: u8,
+    restored: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+struct FaultyState(u8);
+
+impl Section for FaultyState {
+    const NAME: &'static str = "faulty";
+    const VERSION: u32 = 1;
 }
 
 impl Faulty {
     fn new(defect: Defect) -> Self {
         let queue_max_sizes = vec![16, 16];
         let info = DeviceInfo { device_type: DeviceType(42), features: 0, queue_max_sizes, config_len: 16 };
-        Self { defect, info, astray: None, task: None, resets: 0 }
+        Self { defect, info, astray: None, task: None, resets: 0, remembered: 0, restored: false }
     }
 }
 
@@ -104,7 +120,9 @@ impl VirtioDevice for Faulty {
         if let (Defect::WorksWhilePaused, Some(astray)) = (self.defect, &self.astray) {
             astray.active.store(true, Ordering::SeqCst);
         }
-        let dead = self.defect == Defect::DeadAfterReset && self.resets > 1;
+        let dead = self.defect == Defect::DeadAfterReset && self.resets > 1
+            || self.defect == Defect::LosesRequestOnRestore && self.restored;
+        self.remembered = 1;
         let Resources { mem, queues, .. } = resources;
         let worker = |active| FaultyWorker { defect: self.defect, mem: mem.clone(), active, dead };
         Ok(queues.into_iter().map(|active| Box::new(worker(active)) as Box<dyn Worker>).collect())
@@ -112,9 +130,23 @@ impl VirtioDevice for Faulty {
 
     fn reset(&mut self) {
         self.resets += 1;
+        self.restored = false;
+        self.remembered = 0;
         if let Some(astray) = &self.astray {
             astray.active.store(self.defect == Defect::WritesAfterReset, Ordering::SeqCst);
         }
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        state.put(&FaultyState(self.remembered)).map_err(freestone_bus::Error::state("save"))
+    }
+
+    fn restore(&mut self, _features: u64, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        let FaultyState(remembered) = state.take().map_err(freestone_bus::Error::state("restore"))?;
+        assert!(self.defect != Defect::PanicsOnState || remembered <= 1);
+        self.restored = true;
+        self.remembered = if self.defect == Defect::ForgetsOnSave { 0 } else { remembered };
+        Ok(())
     }
 }
 
@@ -327,6 +359,11 @@ fn each_defect_is_found_by_the_check_that_is_for_it() {
         (Defect::WritesAfterReset, "resets_at_every_point"),
         (Defect::WritesAfterReset, "resets_while_paused"),
         (Defect::DeadAfterReset, "resets_at_every_point"),
+        (Defect::LosesRequestOnPause, "loses_nothing_when_restored"),
+        (Defect::LosesRequestOnRestore, "loses_nothing_when_restored"),
+        (Defect::ForgetsOnSave, "restores_at_every_point"),
+        (Defect::ForgetsOnSave, "restores_what_is_broken"),
+        (Defect::PanicsOnState, "survives_damaged_states"),
         (Defect::PanicsOnConfigOffset, "reads_config_consistently"),
         (Defect::TornConfig, "reads_config_consistently"),
         (Defect::QueueFollowsItsRegisters, "keeps_live_queues"),

@@ -87,17 +87,40 @@ impl<'h, H: Hypervisor> MachineBuilder<'h, H> {
     ///
     /// # Errors
     /// [`Error`] of the first part that cannot be made.
-    pub fn build(self) -> Result<Machine<H>> {
+    pub fn build(mut self) -> Result<Machine<H>> {
+        let payload = self.payload.take().ok_or(Error::NoPayload)?;
+        let (cpus, stats) = (self.cpus, self.stats);
+        let host = self.hypervisor.supported_cpuid()?;
+        let Assembly { vm, memory, board, inventory, event_loop, shared } =
+            self.assemble(cpuid::physical_address_bits(&host))?;
+
+        let rsdp = if payload.wants_firmware() {
+            let config = firmware::acpi_config(cpus, &board.descriptions, &board.fixed);
+            Some(acpi::write_acpi(&memory, &config)?)
+        } else {
+            None
+        };
+        let parameters = firmware::kernel_parameters(&board.descriptions);
+        let entry = payload.load(&memory, rsdp, &parameters)?;
+
+        let mut vcpus = create_vcpus(&vm, &host, cpus, board.has_irq_chip())?;
+        if let Some(first) = vcpus.first_mut() {
+            configure_boot(first, &memory, &boot_state(&entry))?;
+        }
+        let vcpus = Vcpus::new(vcpus, stats);
+        Ok(Machine::assemble(Parts { vm, memory, board, inventory, event_loop, shared, vcpus }))
+    }
+
+    /// Everything that does not depend on what the guest is: memory, interrupt controller, devices.
+    pub(crate) fn assemble(self, phys_bits: u8) -> Result<Assembly<H>> {
         let max = self.hypervisor.max_vcpus();
         if self.cpus == 0 || self.cpus > max {
             return Err(Error::Cpus { asked: self.cpus, max });
         }
-        let payload = self.payload.ok_or(Error::NoPayload)?;
         let memory = match self.memory {
             Some(memory) => memory,
             None => GuestMem::anonymous(128 << 20)?,
         };
-
         // Memory before the interrupt controller: some hypervisors are much quicker that way round.
         let vm = self.hypervisor.create_vm()?;
         for (slot, region) in (0..).zip(memory.regions()) {
@@ -106,32 +129,25 @@ impl<'h, H: Hypervisor> MachineBuilder<'h, H> {
         let event_loop = EventLoop::new()?;
         let shared = Shared::new(event_loop.handle());
         let chip = if self.irq_chip { vm.irq_chip()? } else { None };
-        let host = self.hypervisor.supported_cpuid()?;
-        let supply = Supply {
-            chip,
-            doorbells: vm.doorbells(),
-            slots: vm.memory_slots(),
-            phys_bits: cpuid::physical_address_bits(&host),
-        };
+        let supply = Supply { chip, doorbells: vm.doorbells(), slots: vm.memory_slots(), phys_bits };
         let mut board = Board::new(memory.clone(), supply, event_loop.handle(), shared.notifier());
         let inventory = plug_in(&mut board, self.plugs)?;
-
-        let rsdp = if payload.wants_firmware() {
-            let config = firmware::acpi_config(self.cpus, &board.descriptions, &board.fixed);
-            Some(acpi::write_acpi(&memory, &config)?)
-        } else {
-            None
-        };
-        let parameters = firmware::kernel_parameters(&board.descriptions);
-        let entry = payload.load(&memory, rsdp, &parameters)?;
-
-        let mut vcpus = create_vcpus(&vm, &host, self.cpus, board.has_irq_chip())?;
-        if let Some(first) = vcpus.first_mut() {
-            configure_boot(first, &memory, &boot_state(&entry))?;
-        }
-        let vcpus = Vcpus::new(vcpus, self.stats);
-        Ok(Machine::assemble(Parts { vm, memory, board, inventory, event_loop, shared, vcpus }))
+        Ok(Assembly { vm, memory, board, inventory, event_loop, shared })
     }
+
+    pub(crate) fn shape(&self) -> (u32, bool) {
+        (self.cpus, self.stats)
+    }
+}
+
+/// A machine without vCPUs.
+pub(crate) struct Assembly<H: Hypervisor> {
+    pub(crate) vm: H::Vm,
+    pub(crate) memory: GuestMem,
+    pub(crate) board: Board,
+    pub(crate) inventory: Inventory,
+    pub(crate) event_loop: EventLoop,
+    pub(crate) shared: Arc<Shared>,
 }
 
 fn plug_in(board: &mut Board, plugs: Vec<Box<dyn Plug>>) -> Result<Inventory> {

@@ -1,6 +1,7 @@
 //! The error type of this crate.
 
 use std::io;
+use std::path::PathBuf;
 
 /// Why a machine could not be built, started or run.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +40,57 @@ pub enum Error {
         /// The state it is in.
         state: &'static str,
     },
+    /// The hypervisor cannot save a VM.
+    #[error("this hypervisor cannot save a VM")]
+    NotSaved,
+    /// The snapshot is of another machine than the one that was built for it.
+    #[error("the snapshot is of a machine with another {what}: it has {saved}, this one has {built}")]
+    Differs {
+        /// What differs.
+        what: &'static str,
+        /// In the snapshot.
+        saved: String,
+        /// In the machine that was built.
+        built: String,
+    },
+    /// A difference needs the log of writes.
+    #[error("nothing logs what was written since an earlier snapshot, so only a full one can be made")]
+    NotTracked,
+    /// A migration failed by what one side did.
+    #[error("the migration failed: {reason}")]
+    Migration {
+        /// What happened.
+        reason: String,
+    },
+    /// A migration failed at the one moment at which this side cannot know whether the other has the machine.
+    #[error(
+        "the target was told to go on and did not answer: find out whether it runs there before it is resumed here"
+    )]
+    Undecided {
+        /// What happened.
+        #[source]
+        source: Box<Error>,
+    },
+    /// The files of a snapshot are not what was asked for.
+    #[error("{path:?}: {reason}")]
+    Stored {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A memory file cannot be used.
+    #[error("{path:?}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: freestone_memory::Error,
+    },
+    /// The snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] freestone_snapshot::Error),
     /// The host failed.
     #[error("cannot {op}")]
     Io {

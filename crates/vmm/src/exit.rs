@@ -51,12 +51,18 @@ impl fmt::Display for ExitReason {
 pub(crate) struct Shared {
     end: Mutex<Option<ExitReason>>,
     panicked: AtomicBool,
+    called: AtomicBool,
     wake: LoopHandle,
 }
 
 impl Shared {
     pub(crate) fn new(wake: LoopHandle) -> Arc<Self> {
-        Arc::new(Self { end: Mutex::new(None), panicked: AtomicBool::new(false), wake })
+        Arc::new(Self {
+            end: Mutex::new(None),
+            panicked: AtomicBool::new(false),
+            called: AtomicBool::new(false),
+            wake,
+        })
     }
 
     /// The first reason counts: what follows is its consequence.
@@ -65,6 +71,22 @@ impl Shared {
         if let Err(error) = self.wake.wake() {
             tracing::error!(%error, "cannot wake the event loop");
         }
+    }
+
+    /// Asks the machine's owner to look at what there is to do.
+    pub(crate) fn call(&self) {
+        self.called.store(true, Ordering::Release);
+        if let Err(error) = self.wake.wake() {
+            tracing::error!(%error, "cannot wake the event loop");
+        }
+    }
+
+    pub(crate) fn called(&self) -> bool {
+        self.called.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn take_call(&self) -> bool {
+        self.called.swap(false, Ordering::AcqRel)
     }
 
     pub(crate) fn ended(&self) -> bool {

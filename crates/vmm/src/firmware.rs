@@ -1,7 +1,7 @@
 //! Firmware tables from what the devices announced: no device type is known here.
 
 use freestone_bus::{Description, FixedHardware, Resource};
-use freestone_loader::acpi::{self, AcpiConfig, AmlDevice, PciRoot};
+use freestone_loader::acpi::{self, AcpiConfig, AmlDevice, GenerationId, PciRoot};
 
 /// The configuration of the ACPI tables for these devices.
 pub(crate) fn acpi_config(cpus: u32, descriptions: &[Description], fixed: &[FixedHardware]) -> AcpiConfig {
@@ -21,6 +21,10 @@ pub(crate) fn acpi_config(cpus: u32, descriptions: &[Description], fixed: &[Fixe
             FixedHardware::PciRoot { ecam, first_bus, last_bus, mmio_base, mmio_len } => {
                 config.pci_roots.push(PciRoot { ecam, first_bus, last_bus, mmio_base, mmio_len });
             }
+            FixedHardware::GenerationId { address, gsi } => {
+                config.generation_id = Some(GenerationId { address, gsi });
+            }
+            FixedHardware::PowerButton { gsi } => config.power_button = Some(gsi),
             _ => {}
         }
     }

@@ -1,6 +1,7 @@
 //! The devices of a machine: owned as [`Device`], never named by type.
 
 use freestone_bus::Device;
+use freestone_snapshot::{Sections, State};
 
 use crate::{Error, Result};
 
@@ -59,6 +60,30 @@ impl Inventory {
                 device: d.name().to_owned(),
                 source,
             })
+        })
+    }
+
+    /// Adds the state of every device to `state`. They must be paused.
+    ///
+    /// # Errors
+    /// [`Error::Device`] of the first that cannot be saved.
+    pub fn save(&mut self, state: &mut State) -> Result<()> {
+        self.devices.iter_mut().try_for_each(|device| {
+            let name = device.name().to_owned();
+            let saved = device.save(&mut state.of(&name));
+            saved.map_err(|source| Error::Device { doing: "save", device: name, source })
+        })
+    }
+
+    /// Makes every device what it was when `sections` were saved, in the order in which they were plugged in.
+    ///
+    /// # Errors
+    /// [`Error::Device`] of the first that cannot be restored.
+    pub fn restore(&mut self, sections: &mut Sections) -> Result<()> {
+        self.devices.iter_mut().try_for_each(|device| {
+            let name = device.name().to_owned();
+            let restored = device.restore(&mut sections.of(&name));
+            restored.map_err(|source| Error::Device { doing: "restore", device: name, source })
         })
     }
 

@@ -4,14 +4,18 @@ use std::fmt;
 use std::sync::Arc;
 
 use freestone_bus::{EventLoop, Task, Work, spawn};
+use freestone_hypervisor::x86::{ClockPolicy, ClockState};
 use freestone_hypervisor::{Hypervisor, Vm};
-use freestone_memory::GuestMem;
+use freestone_memory::{DirtyPages, GuestMem};
 use freestone_vcpu::stats::{Snapshot, StatsReader};
 
 use crate::board::Board;
 use crate::builder::MachineBuilder;
 use crate::exit::{ExitReason, Shared};
 use crate::inventory::Inventory;
+use crate::paused::Paused;
+use crate::saved::MachineSection;
+use crate::store::Tracker;
 use crate::vcpus::Vcpus;
 use crate::{Error, Result};
 
@@ -54,21 +58,36 @@ impl fmt::Display for State {
 /// |---|---|---|---|---|
 /// | [`start`](Self::start) | starts | error | error | error |
 /// | [`wait`](Self::wait) | error | until the guest ends | error | error |
+/// | [`attend`](Self::attend) | until called | until the guest ends or called | until called | error |
 /// | [`pause`](Self::pause) | error | pauses | nothing | error |
 /// | [`resume`](Self::resume) | error | nothing | resumes | error |
+/// | [`paused`](Self::paused) | error | error | gives [`Paused`](crate::Paused) | error |
 /// | [`stop`](Self::stop) | stops | stops | stops | nothing |
 ///
-/// Dropping a machine stops it.
+/// A machine that was [restored](MachineBuilder::restore) begins as paused. Dropping a machine stops it.
 pub struct Machine<H: Hypervisor> {
     // Dropped in this order: vCPUs leave the guest before devices, memory and VM go.
-    vcpus: Vcpus<<H::Vm as Vm>::Vcpu>,
-    inventory: Inventory,
-    board: Board,
+    pub(crate) vcpus: Vcpus<<H::Vm as Vm>::Vcpu>,
+    pub(crate) inventory: Inventory,
+    pub(crate) board: Board,
     event_loop: EventLoop,
     shared: Arc<Shared>,
-    vm: H::Vm,
-    memory: GuestMem,
+    pub(crate) vm: H::Vm,
+    pub(crate) memory: GuestMem,
     state: State,
+    /// The log of writes, while differences are asked for.
+    pub(crate) tracker: Option<Tracker>,
+    /// What the guest's clock is set to when a restored machine goes on.
+    clock: Option<(ClockState, ClockPolicy)>,
+}
+
+/// What [`Machine::attend`] came back for.
+#[derive(Debug)]
+pub enum Attention {
+    /// The guest ended, or somebody stopped the machine. It is still to be [stopped](Machine::stop).
+    Ended(ExitReason),
+    /// Somebody has [called](MachineHandle::call).
+    Called,
 }
 
 impl<H: Hypervisor> Machine<H> {
@@ -79,7 +98,25 @@ impl<H: Hypervisor> Machine<H> {
 
     pub(crate) fn assemble(parts: Parts<H>) -> Self {
         let Parts { vm, memory, board, inventory, event_loop, shared, vcpus } = parts;
-        Self { vcpus, inventory, board, event_loop, shared, vm, memory, state: State::Created }
+        Self {
+            vcpus,
+            inventory,
+            board,
+            event_loop,
+            shared,
+            vm,
+            memory,
+            state: State::Created,
+            tracker: None,
+            clock: None,
+        }
+    }
+
+    /// The machine as one that was saved and is to go on.
+    pub(crate) fn into_restored(mut self, clock: Option<(ClockState, ClockPolicy)>) -> Self {
+        self.state = State::Paused;
+        self.clock = clock;
+        self
     }
 
     /// Starts, waits until the guest ends, and stops: the whole life in one call.
@@ -99,6 +136,10 @@ impl<H: Hypervisor> Machine<H> {
     /// [`Error::State`], or [`Error::Vcpu`] if the host gives no thread; the machine is then stopped.
     pub fn start(&mut self) -> Result<()> {
         self.expect("start", State::Created)?;
+        self.start_vcpus()
+    }
+
+    fn start_vcpus(&mut self) -> Result<()> {
         self.state = State::Running;
         let (board, memory, shared) = (&self.board, &self.memory, &self.shared);
         let started = self.vcpus.start(|| board.dispatcher(), memory, shared);
@@ -117,6 +158,32 @@ impl<H: Hypervisor> Machine<H> {
         let shared = Arc::clone(&self.shared);
         self.event_loop.run_until(|| shared.ended())?;
         Ok(shared.take_end())
+    }
+
+    /// Drives the devices until the guest ends, or until somebody [calls](MachineHandle::call): for owners who do more than to
+    /// wait, such as pausing and saving the machine when they are asked to. A call is never lost; several may be told as one.
+    ///
+    /// # Errors
+    /// [`Error::State`] if the machine is stopped, or [`Error::Bus`] if the event loop fails.
+    pub fn attend(&mut self) -> Result<Attention> {
+        if self.state == State::Stopped {
+            return Err(Error::State { doing: "attend to", state: self.state.name() });
+        }
+        let shared = Arc::clone(&self.shared);
+        self.event_loop.run_until(|| shared.called() || shared.ended())?;
+        if shared.take_call() {
+            return Ok(Attention::Called);
+        }
+        Ok(Attention::Ended(shared.take_end()))
+    }
+
+    /// The machine as one that stands still, which can be saved.
+    ///
+    /// # Errors
+    /// [`Error::State`] if it is not paused.
+    pub fn paused(&mut self) -> Result<Paused<'_, H>> {
+        self.expect("save", State::Paused)?;
+        Ok(Paused::new(self))
     }
 
     /// Makes vCPUs and then devices stand still. Their state is whole and nothing touches guest memory any more.
@@ -147,6 +214,14 @@ impl<H: Hypervisor> Machine<H> {
         }
         self.expect("resume", State::Paused)?;
         self.inventory.resume()?;
+        if let Some((clock, policy)) = self.clock.take()
+            && let Some(vm) = self.vm.state()
+        {
+            vm.set_clock(&clock, policy)?;
+        }
+        if !self.vcpus.started() {
+            return self.start_vcpus();
+        }
         self.vcpus.resume();
         self.state = State::Running;
         Ok(())
@@ -198,6 +273,42 @@ impl<H: Hypervisor> Machine<H> {
         &self.inventory
     }
 
+    /// Whether writes are logged for differences: see [`Paused::track`].
+    pub fn is_tracked(&self) -> bool {
+        self.tracker.is_some()
+    }
+
+    /// What the machine is made of, as a snapshot says it: for the target of a [migration](crate::migrate::send).
+    pub fn describe(&self) -> MachineSection {
+        MachineSection::new(self.vcpus.len(), &self.memory, self.board.has_irq_chip())
+    }
+
+    /// Begins to log what guest and devices write, also while the machine runs; whether memory and hypervisor can. A log that was kept for
+    /// differences goes on from here: the next difference needs a full snapshot before it.
+    pub(crate) fn begin_tracking(&mut self) -> Result<bool> {
+        let Some(log) = self.vm.dirty_log().filter(|_| self.memory.logs_dirty()) else { return Ok(false) };
+        let mut tracker = Tracker::default();
+        tracker.start(log, &self.memory)?;
+        self.tracker = Some(tracker);
+        Ok(true)
+    }
+
+    /// The pages that were written since the last call; whoever calls keeps them.
+    pub(crate) fn take_written(&mut self) -> Result<Vec<DirtyPages>> {
+        match (&mut self.tracker, self.vm.dirty_log()) {
+            (Some(tracker), Some(log)) => {
+                tracker.collect(log, &self.memory)?;
+                Ok(tracker.take_pages())
+            }
+            _ => Err(Error::NotTracked),
+        }
+    }
+
+    /// The clock of a restored machine that did not go on yet.
+    pub(crate) fn clock(&self) -> Option<ClockState> {
+        self.clock.map(|(clock, _)| clock)
+    }
+
     /// Exit statistics of each vCPU; empty unless the builder asked for them.
     pub fn stats(&self) -> Vec<Snapshot> {
         self.vcpus.stats().iter().map(StatsReader::snapshot).collect()
@@ -205,6 +316,12 @@ impl<H: Hypervisor> Machine<H> {
 
     fn expect(&self, doing: &'static str, wanted: State) -> Result<()> {
         if self.state == wanted { Ok(()) } else { Err(Error::State { doing, state: self.state.name() }) }
+    }
+}
+
+impl<H: Hypervisor> AsMut<Self> for Machine<H> {
+    fn as_mut(&mut self) -> &mut Self {
+        self
     }
 }
 
@@ -236,13 +353,18 @@ pub(crate) struct Parts<H: Hypervisor> {
     pub(crate) vcpus: Vcpus<<H::Vm as Vm>::Vcpu>,
 }
 
-/// Ends a machine from any thread.
+/// Calls and ends a machine from any thread.
 #[derive(Clone)]
 pub struct MachineHandle {
     shared: Arc<Shared>,
 }
 
 impl MachineHandle {
+    /// Makes [`Machine::attend`] return. Does not wait.
+    pub fn call(&self) {
+        self.shared.call();
+    }
+
     /// Makes [`Machine::wait`] return [`ExitReason::Stopped`], unless the guest ended first. Does not wait.
     pub fn stop(&self) {
         self.shared.end(ExitReason::Stopped);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use freestone_hypervisor::Vcpu;
+use freestone_hypervisor::x86::VcpuState;
 use freestone_memory::GuestMem;
 use freestone_vcpu::stats::{ExitStats, StatsReader};
 use freestone_vcpu::{
@@ -68,6 +69,28 @@ impl<V: Vcpu + 'static> Vcpus<V> {
     pub(crate) fn pause(&self) -> Result<()> {
         self.threads.iter().for_each(|t| t.control().request_pause());
         self.threads.iter().try_for_each(|t| t.control().pause().map_err(Error::Vcpu))
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.idle.len() + self.threads.len()
+    }
+
+    /// Whether they have threads.
+    pub(crate) fn started(&self) -> bool {
+        !self.threads.is_empty()
+    }
+
+    /// The state of each, by index. They must be paused, or not have run.
+    pub(crate) fn save(&mut self) -> Result<Vec<VcpuState>> {
+        let mut states = Vec::with_capacity(self.idle.len().max(self.threads.len()));
+        for vcpu in &mut self.idle {
+            states.push(vcpu.save()?);
+        }
+        for thread in &self.threads {
+            states.push(thread.control().call(|vcpu| vcpu.save()).map_err(Error::Vcpu)??);
+        }
+        Ok(states)
     }
 
     pub(crate) fn resume(&self) {

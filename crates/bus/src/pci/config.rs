@@ -321,6 +321,14 @@ impl ConfigSpace {
         registers.zip(data).for_each(|(to, from)| *to = *from);
     }
 
+    /// Offset of the first register that a guest cannot make what it is in `values`.
+    pub(super) fn read_only_difference(&self, values: &[u8]) -> Option<u16> {
+        let registers = self.values.iter().zip(self.writable.iter()).zip(values);
+        let at =
+            registers.map(|((old, writable), new)| (old ^ new) & !writable).position(|bits| bits != 0)?;
+        u16::try_from(at).ok()
+    }
+
     /// Lets a guest write the bits of `mask`.
     pub fn make_writable(&mut self, offset: u16, mask: &[u8]) {
         let registers = self.writable.iter_mut().skip(usize::from(offset));

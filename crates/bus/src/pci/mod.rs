@@ -8,8 +8,10 @@ mod bar;
 mod config;
 mod msix;
 mod segment;
+mod state;
 
 pub use bar::{BarMapping, BarSpace};
 pub use config::{Bar, CONFIG_LEN, Changes, ConfigSpace, Identity, cap, command, reg};
 pub use msix::Msix;
 pub use segment::{PciAddress, PciFunction, PciSegment};
+pub use state::{ConfigState, MsixState};

@@ -138,6 +138,26 @@ impl Msix {
         self.0.lock().enabled
     }
 
+    /// The table, as the driver wrote it.
+    pub(super) fn entries(&self) -> Vec<[u32; 4]> {
+        self.0.lock().entries.iter().map(|entry| entry.words).collect()
+    }
+
+    /// The pending bits.
+    pub(super) fn pending(&self) -> Vec<u64> {
+        self.0.pending.iter().map(|word| word.load(Ordering::SeqCst)).collect()
+    }
+
+    /// Writes table and pending bits. What is too much is dropped.
+    pub(super) fn put_table(&self, entries: &[[u32; 4]], pending: &[u64]) {
+        for (at, word) in (0..).step_by(4).zip(entries.iter().flatten()) {
+            self.0.write_word(at, *word);
+        }
+        for (to, from) in self.0.pending.iter().zip(pending) {
+            to.store(*from, Ordering::SeqCst);
+        }
+    }
+
     /// Forgets the interrupts that wait, as a reset of the device does.
     pub fn clear_pending(&self) {
         for word in &self.0.pending {

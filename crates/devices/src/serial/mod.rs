@@ -26,6 +26,7 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use self::input::Fill;
 use self::sink::{Drain, Sink};
 use self::uart::{BACKLOG, PORTS, Uart};
+use crate::state::SerialState;
 use crate::{Error, Result, isa};
 
 pub use self::escape::{ESCAPE_HELP, EscapeAction, EscapeFilter, Escaped};
@@ -170,6 +171,21 @@ impl Serial {
     pub fn flush(&self) {
         let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
         self.drain(&mut sink);
+    }
+
+    /// What the port is, for a snapshot: its registers, what was received and not read, what was sent and not written. Nobody
+    /// should drive its work meanwhile.
+    pub fn state(&self) -> SerialState {
+        let sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
+        self.registers().uart.state(sink.unwritten())
+    }
+
+    /// Becomes what was saved. What was sent and not written comes with the next output or [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`Error::BadState`]; the port is then unchanged. [`Error::Io`] if it cannot interrupt.
+    pub fn set_state(&self, state: &SerialState) -> Result<()> {
+        self.registers().uart.set_state(state)
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {

@@ -6,8 +6,11 @@ use std::sync::Arc;
 
 use freestone_bus::{Description, Device, Error, Plug, Resource, Result, Spawn, Task, Wiring, spawn};
 
+use freestone_snapshot::{Restoring, Saving};
+
 use super::uart::PORTS;
 use super::{Serial, SerialCounters, SerialInput, SerialWork};
+use crate::isa;
 
 /// First port of the first serial port, `ttyS0` to Linux.
 pub const COM1_PORT: u16 = 0x3f8;
@@ -68,7 +71,8 @@ impl Plug for SerialPlug {
         let serial = Arc::new(Serial::with_counters(irq, self.output, self.counters));
         let work = SerialWork::new(Arc::clone(&serial), self.input)?;
         wiring.pio(self.base, PORTS.into(), Arc::clone(&serial) as _)?;
-        let mut device = SerialDevice { serial, spawner: wiring.spawner(), state: State::Stopped(work) };
+        let mut device =
+            SerialDevice { serial, spawner: wiring.spawner(), state: State::Stopped(work), restored: false };
         device.start()?;
         wiring.describe(Description {
             hid: "PNP0501",
@@ -90,6 +94,8 @@ struct SerialDevice {
     serial: Arc<Serial>,
     spawner: Arc<dyn Spawn>,
     state: State,
+    /// It was restored and not yet resumed.
+    restored: bool,
 }
 
 impl SerialDevice {
@@ -136,7 +142,23 @@ impl Device for SerialDevice {
     }
 
     fn resume(&mut self) -> Result<()> {
-        self.start()
+        self.start()?;
+        if std::mem::take(&mut self.restored) {
+            self.serial.registers().uart.raise_pending();
+            self.serial.flush();
+        }
+        Ok(())
+    }
+
+    fn save(&mut self, state: &mut Saving<'_>) -> Result<()> {
+        isa::save(state, &self.serial.state())
+    }
+
+    fn restore(&mut self, state: &mut Restoring<'_>) -> Result<()> {
+        // A device that was just plugged in has its work running: it could read input into registers that are about to go.
+        self.stop();
+        self.restored = true;
+        Ok(self.serial.set_state(&isa::take(state)?)?)
     }
 
     fn shutdown(&mut self) -> Result<()> {

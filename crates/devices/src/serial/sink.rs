@@ -43,6 +43,11 @@ impl Sink {
         bytes.clear();
     }
 
+    /// What is there.
+    pub(super) fn unwritten(&self) -> &[u8] {
+        &self.buffer
+    }
+
     /// Loses what is there.
     pub(super) fn give_up(&mut self, counters: &SerialCounters) {
         counters.lost.fetch_add(self.buffer.len() as u64, Ordering::Relaxed);

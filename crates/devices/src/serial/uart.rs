@@ -14,6 +14,9 @@ use std::io::{self, Write};
 use freestone_bus::Irq;
 use vm_superio::serial::NoEvents;
 
+use crate::state::{SerialState, check};
+use crate::{Error, Result};
+
 pub(super) const PORTS: u8 = 8;
 
 /// Receive and transmit registers, and with DLAB the low byte of the divisor.
@@ -25,6 +28,8 @@ const LCR: u8 = 3;
 const MCR: u8 = 4;
 const LSR: u8 = 5;
 
+/// The bits of the interrupt enable register that exist.
+const IER_VALID: u8 = 0b1111;
 const IER_RECEIVED: u8 = 1 << 0;
 const IER_TRANSMITTER_EMPTY: u8 = 1 << 1;
 const IIR_NONE: u8 = 0b001;
@@ -39,6 +44,10 @@ const LSR_DATA_READY: u8 = 1 << 0;
 
 /// Input that may wait for room in the FIFO, in bytes. Past this the source is left alone.
 pub(super) const BACKLOG: usize = 64 * 1024;
+
+/// Most input, and most output, that a saved state may have: what a port keeps is bounded, but by its host's habits also, and a
+/// state that was saved must be taken.
+const SAVED_MAX: usize = 16 * BACKLOG;
 
 /// Reads of the line status register, with nothing sent between them, after which the driver is taken to poll for input.
 /// Drivers that set the port up or send read it a few times only.
@@ -93,6 +102,95 @@ impl Uart {
             polls: 0,
             looped: false,
             lost_interrupts: 0,
+        }
+    }
+
+    /// What the port is; `unwritten` is output that left it before what is [`pending`](Self::pending).
+    pub(super) fn state(&self, unwritten: &[u8]) -> SerialState {
+        let core = self.core.state();
+        SerialState {
+            divisor: u16::from_le_bytes([core.baud_divisor_low, core.baud_divisor_high]),
+            interrupt_enable: core.interrupt_enable,
+            received_pending: core.interrupt_identification & IIR_RECEIVED != 0,
+            transmitter_empty_pending: core.interrupt_identification & IIR_TRANSMITTER_EMPTY != 0,
+            transmitter_empty_hidden: self.hidden_transmitter_empty,
+            line_control: core.line_control,
+            modem_control: core.modem_control,
+            modem_status: core.modem_status,
+            scratch: core.scratch,
+            fifos_enabled: self.fifos_enabled,
+            fifo: core.in_buffer,
+            looped: self.looped,
+            backlog: self.backlog.iter().copied().collect(),
+            deaf: self.deaf,
+            polls: self.polls,
+            output: [unwritten, &self.core.writer().0].concat(),
+        }
+    }
+
+    /// Becomes what was saved. The output that was on its way is then [`pending`](Self::pending), and input that came here before
+    /// stands behind the saved one.
+    pub(super) fn set_state(&mut self, state: &SerialState) -> Result<()> {
+        const NAME: &str = "serial";
+        let enabled = state.interrupt_enable;
+        check(NAME, "interrupt enable register", enabled & !IER_VALID == 0, enabled)?;
+        check(NAME, "count of polls", state.polls < POLLS, state.polls)?;
+        check(NAME, "length of the FIFO", state.fifo.len() <= self.fifo_size, state.fifo.len() as u64)?;
+        for (what, bytes) in
+            [("length of the backlog", &state.backlog), ("length of the output", &state.output)]
+        {
+            check(NAME, what, bytes.len() <= SAVED_MAX, bytes.len() as u64)?;
+        }
+        let [baud_divisor_low, baud_divisor_high] = state.divisor.to_le_bytes();
+        let received = if state.received_pending { IIR_RECEIVED } else { 0 };
+        let transmitter_empty = if state.transmitter_empty_pending { IIR_TRANSMITTER_EMPTY } else { 0 };
+        let ready = if state.fifo.is_empty() { 0 } else { LSR_DATA_READY };
+        let idle = vm_superio::SerialState::default();
+        let registers = vm_superio::SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: enabled,
+            interrupt_identification: match received | transmitter_empty {
+                0 => IIR_NONE,
+                pending => pending,
+            },
+            line_control: state.line_control,
+            line_status: idle.line_status | ready,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.fifo.clone(),
+        };
+        let early_fifo = self.core.state().in_buffer;
+        // This interrupts if something is pending. Whether that arrives is for the restored interrupt controller to say.
+        let (irq, output) = (self.core.interrupt_evt().clone(), Pending(state.output.clone()));
+        self.core = vm_superio::Serial::from_state(&registers, irq, NoEvents, output).map_err(|error| {
+            Error::Io { op: "interrupt for the serial port", source: io::Error::other(error) }
+        })?;
+        self.fifos_enabled = state.fifos_enabled;
+        self.hidden_transmitter_empty = state.transmitter_empty_hidden;
+        let early = std::mem::take(&mut self.backlog);
+        self.backlog = state.backlog.iter().copied().collect();
+        (self.deaf, self.polls, self.looped) = (state.deaf, state.polls, state.looped);
+        if !early_fifo.is_empty() || !early.is_empty() {
+            self.backlog.extend(early_fifo.into_iter().chain(early));
+            self.refill();
+        }
+        Ok(())
+    }
+
+    /// Interrupts if something is pending, as after a restore: the edge may have been on its way when the state was saved. One
+    /// too many does no harm.
+    pub(super) fn raise_pending(&mut self) {
+        let core = self.core.state();
+        let enabled = |bit| core.interrupt_enable & bit != 0;
+        let transmitter_empty =
+            self.hidden_transmitter_empty || core.interrupt_identification & IIR_TRANSMITTER_EMPTY != 0;
+        if (enabled(IER_RECEIVED) && !core.in_buffer.is_empty()
+            || enabled(IER_TRANSMITTER_EMPTY) && transmitter_empty)
+            && let Err(error) = self.core.interrupt_evt().trigger()
+        {
+            self.lost_interrupt(&vm_superio::serial::Error::Trigger(error));
         }
     }
 

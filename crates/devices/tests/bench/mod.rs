@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
+use freestone_bus::pci::PciSegment;
 use freestone_bus::{
     Bus, Description, Device, Doorbells, Error, FixedHardware, GuestEvent, IoDevice, Irq, ManualSpawner,
     Notifier, Plug, Result, Spawn, Wiring,
@@ -14,7 +15,9 @@ use freestone_memory::GuestMem;
 const LINES: u32 = 24;
 
 pub struct Bench {
+    pub memory: GuestMem,
     pub pio: Bus,
+    pub mmio: Bus,
     pub manual: ManualSpawner,
     pub spawner: Arc<dyn Spawn>,
     pub events: Arc<Mutex<Vec<GuestEvent>>>,
@@ -28,7 +31,9 @@ impl Bench {
     pub fn new() -> Self {
         let manual = ManualSpawner::new();
         Self {
+            memory: GuestMem::anonymous(1 << 20).unwrap(),
             pio: Bus::new(),
+            mmio: Bus::new(),
             spawner: Arc::new(manual.clone()),
             manual,
             events: Arc::default(),
@@ -63,7 +68,7 @@ impl Bench {
 
 impl Wiring for Bench {
     fn memory(&self) -> GuestMem {
-        GuestMem::anonymous(4096).unwrap()
+        self.memory.clone()
     }
 
     fn pio(&mut self, base: u16, len: u16, device: Arc<dyn IoDevice>) -> Result<()> {
@@ -74,12 +79,17 @@ impl Wiring for Bench {
         Err(Error::Exhausted { what: "device memory", device: "any".into() })
     }
 
-    fn mmio(&mut self, base: u64, len: u64, _device: Arc<dyn IoDevice>) -> Result<()> {
-        Err(Error::BadRange { base, len })
+    fn mmio(&mut self, base: u64, len: u64, device: Arc<dyn IoDevice>) -> Result<()> {
+        self.mmio.insert(base, len, device)
+    }
+
+    fn provide_pci(&mut self, _segment: Arc<PciSegment>) -> Result<()> {
+        Ok(())
     }
 
     fn irq(&mut self, gsi: Option<u32>) -> Result<(u32, Irq)> {
-        let gsi = gsi.unwrap_or(5);
+        let free = |from: usize| (from..).find(|gsi| self.lines[*gsi].is_none()).unwrap();
+        let gsi = gsi.unwrap_or_else(|| u32::try_from(free(5)).unwrap());
         let line = &mut self.lines[gsi as usize];
         if line.is_some() {
             return Err(Error::Exhausted { what: "interrupt line", device: "any".into() });
@@ -93,7 +103,7 @@ impl Wiring for Bench {
     }
 
     fn mmio_bus(&self) -> Bus {
-        Bus::new()
+        self.mmio.clone()
     }
 
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {

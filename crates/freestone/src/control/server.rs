@@ -27,7 +27,7 @@ pub(crate) struct ControlServer {
     path: PathBuf,
     epoll: Arc<rustix::fd::OwnedFd>,
     clients: Vec<Option<Client>>,
-    controls: Controls,
+    controls: Arc<Controls>,
 }
 
 struct Client {
@@ -38,7 +38,7 @@ struct Client {
 
 impl ControlServer {
     /// Listens at `path`. A socket that nobody listens at any more is replaced; any other file is an error.
-    pub(crate) fn bind(path: &Path, controls: Controls) -> io::Result<Self> {
+    pub(crate) fn bind(path: &Path, controls: Arc<Controls>) -> io::Result<Self> {
         remove_stale(path)?;
         let listener = UnixListener::bind(path)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
@@ -195,7 +195,7 @@ mod tests {
     fn server() -> (ControlServer, tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ctl");
-        (ControlServer::bind(&path, Controls::default()).unwrap(), dir, path)
+        (ControlServer::bind(&path, Arc::default()).unwrap(), dir, path)
     }
 
     fn settle(server: &mut ControlServer) {
@@ -254,12 +254,12 @@ mod tests {
     #[test]
     fn a_socket_left_behind_is_replaced_and_the_own_one_removed() {
         let (server, dir, path) = server();
-        assert!(ControlServer::bind(&path, Controls::default()).is_err());
+        assert!(ControlServer::bind(&path, Arc::default()).is_err());
         drop(server);
         assert!(!path.exists());
         let left = dir.path().join("left");
         drop(UnixListener::bind(&left).unwrap());
-        let server = ControlServer::bind(&left, Controls::default()).unwrap();
+        let server = ControlServer::bind(&left, Arc::default()).unwrap();
         assert_eq!(fs::metadata(&left).unwrap().permissions().mode() & 0o777, 0o600);
         drop(server);
     }

@@ -53,11 +53,6 @@ pub(super) enum Place {
 }
 
 impl Nics {
-    /// Whether the threads of some are asked when the network is: a user network answers by the thread that drives it.
-    pub(crate) fn ask_threads(&self) -> bool {
-        self.0.iter().any(|nic| nic.user().is_some())
-    }
-
     pub(super) fn push(&mut self, nic: Nic) {
         self.0.push(nic);
     }

@@ -1,6 +1,6 @@
 //! What `--net` says, as plain data: nothing is opened here.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -98,6 +98,24 @@ pub(crate) enum Kind {
     Stream(StreamSpec),
     /// No card at all.
     Absent,
+}
+
+impl NetSpec {
+    /// Has relative paths begin at `folder`.
+    pub(crate) fn make_absolute(&mut self, folder: &Path) {
+        let join = |path: &mut PathBuf| *path = folder.join(&*path);
+        self.pcap.iter_mut().for_each(join);
+        match &mut self.kind {
+            Kind::Switch(switch) => {
+                switch.mirror.iter_mut().for_each(join);
+                if switch.name.contains('/') {
+                    switch.name = folder.join(&switch.name).to_string_lossy().into_owned();
+                }
+            }
+            Kind::Stream(StreamSpec { addr: StreamAddr::Unix(path), .. }) => join(path),
+            _ => {}
+        }
+    }
 }
 
 /// A tap of the host.

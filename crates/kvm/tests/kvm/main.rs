@@ -9,10 +9,12 @@
 mod common;
 
 mod exits;
+mod images;
 mod interrupts;
 mod kicks;
 mod memory;
 mod messages;
 mod processors;
+mod save;
 mod slots;
 mod state;

@@ -12,7 +12,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use super::{AcpiConfig, AmlDevice, Resource, Trigger, pci, refuse};
+use super::{AcpiConfig, AmlDevice, Resource, Trigger, events, pci, refuse};
 use crate::Result;
 
 /// Length of the header that all tables but the RSDP have.
@@ -38,6 +38,10 @@ pub(super) fn build(config: &AcpiConfig, sink: &mut Vec<u8>) -> Result<()> {
         pci::bridge(number, root, &mut devices)?;
         add_device(&pci::ecam_device(number, root), &mut names, &mut devices)?;
     }
+    for name in events::names(config) {
+        claim_name(name, &mut names)?;
+    }
+    events::build(config, &mut devices);
     for device in &config.devices {
         add_device(device, &mut names, &mut devices)?;
     }

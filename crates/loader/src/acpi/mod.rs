@@ -6,6 +6,7 @@
 //! frequency from kvm-clock or CPUID.
 
 mod dsdt;
+mod events;
 mod pci;
 mod reset;
 mod tables;
@@ -14,6 +15,7 @@ use freestone_memory::layout::{self, ACPI_TABLES};
 use freestone_memory::{Bytes, GuestAddress, GuestMem};
 
 use crate::{Error, Result};
+pub use events::GenerationId;
 
 /// Most processors that local APIC entries of the MADT can describe: APIC ID 255 means all.
 pub const MAX_CPUS: u32 = 255;
@@ -137,6 +139,10 @@ pub struct AcpiConfig {
     pub pci_roots: Vec<PciRoot>,
     /// Power-off and reset.
     pub power: Power,
+    /// The generation ID of the virtual machine, if it has one.
+    pub generation_id: Option<GenerationId>,
+    /// Global system interrupt of the power button, edge-triggered, if there is one.
+    pub power_button: Option<u32>,
     /// Whether a guest should look for an i8042 keyboard controller.
     pub has_i8042: bool,
     /// Whether there is a CMOS real-time clock at ports 0x70 and 0x71.
@@ -155,6 +161,8 @@ impl Default for AcpiConfig {
             devices: Vec::new(),
             pci_roots: Vec::new(),
             power: Power::default(),
+            generation_id: None,
+            power_button: None,
             has_i8042: false,
             has_cmos: false,
             cmos_century: None,

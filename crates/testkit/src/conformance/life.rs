@@ -10,7 +10,7 @@ use crate::driver::{Arena, DriverQueue, DriverTransport, features, status};
 use crate::hostile::Source;
 
 /// Steps of [`bring_up`].
-const POINTS: usize = 14;
+pub(super) const POINTS: usize = 14;
 
 /// The first `steps` steps from a device after reset to one with requests half-way: its initialization (3.1.1), chains that are
 /// offered before the device may look at them, kicks, and turns of its work.
@@ -20,6 +20,20 @@ fn bring_up<T: DriverTransport>(
     shape: Shape,
     steps: usize,
 ) -> Result<Vec<DriverQueue>> {
+    bring_up_with(bench, wanted, shape, steps, &mut |_, _| Ok(()))
+}
+
+/// Does something to a device after so many steps.
+pub(super) type Between<'a, T> = &'a mut dyn FnMut(&mut Bench<T>, usize) -> Result<()>;
+
+/// As [`bring_up`], with something done before the first step and after each.
+pub(super) fn bring_up_with<T: DriverTransport>(
+    bench: &mut Bench<T>,
+    wanted: u64,
+    shape: Shape,
+    steps: usize,
+    between: Between<'_, T>,
+) -> Result<Vec<DriverQueue>> {
     let mut source = Source::seed(steps as u64);
     let memory = bench.memory();
     let bits = bench.driver.device_features()? & (wanted | features::VERSION_1);
@@ -27,6 +41,7 @@ fn bring_up<T: DriverTransport>(
     let count = bench.driver.queue_count()?;
     let mut offered = vec![BTreeMap::new(); count.into()];
     for step in 0..steps {
+        between(bench, step)?;
         match step {
             0 => bench.driver.add_status(status::ACKNOWLEDGE)?,
             1 => bench.driver.add_status(status::DRIVER)?,
@@ -49,6 +64,7 @@ fn bring_up<T: DriverTransport>(
             turns => drop(bench.wiring.run_work(turns - 10)),
         }
     }
+    between(bench, steps)?;
     Ok(queues)
 }
 

@@ -7,12 +7,17 @@
 
 mod life;
 pub mod pci;
+mod saved;
 mod setup;
 mod traffic;
 
 use std::sync::Arc;
 
 pub use life::{disables_queues, loses_nothing_when_paused, resets_at_every_point, resets_while_paused};
+pub use saved::{
+    is_not_saved, loses_nothing_when_restored, restores_at_every_point, restores_what_is_broken,
+    survives_damaged_states,
+};
 pub use setup::{
     is_activated_once, keeps_live_queues, reads_config_consistently, survives_addresses_of_registers,
     survives_kick_storms, survives_overlapping_rings, waits_for_driver_ok,
@@ -420,7 +425,8 @@ macro_rules! checks {
             survives_bad_queue_addresses resets pauses_and_resumes survives_hostile_chains
             resets_at_every_point loses_nothing_when_paused resets_while_paused disables_queues
             reads_config_consistently waits_for_driver_ok keeps_live_queues is_activated_once survives_kick_storms
-            survives_overlapping_rings survives_addresses_of_registers;
+            survives_overlapping_rings survives_addresses_of_registers loses_nothing_when_restored
+            restores_at_every_point restores_what_is_broken survives_damaged_states;
             $($own)*
         )
     };
@@ -471,10 +477,11 @@ pub fn virtio_pci(make: impl Fn() -> Box<dyn Plug>) -> Result<()> {
 /// ```
 #[macro_export]
 macro_rules! virtio_mmio_conformance {
-    ($name:ident, $make:expr) => {
+    ($name:ident, $make:expr $(, $not_saved:ident)?) => {
         #[cfg(test)]
         mod $name {
             $crate::virtio_conformance!(@common $make, MmioRegisters);
+            $crate::virtio_conformance!(@saved $make, MmioRegisters $(, $not_saved)?);
         }
     };
 }
@@ -482,10 +489,11 @@ macro_rules! virtio_mmio_conformance {
 /// As [`virtio_mmio_conformance!`](crate::virtio_mmio_conformance), for a virtio device on PCI.
 #[macro_export]
 macro_rules! virtio_pci_conformance {
-    ($name:ident, $make:expr) => {
+    ($name:ident, $make:expr $(, $not_saved:ident)?) => {
         #[cfg(test)]
         mod $name {
             $crate::virtio_conformance!(@common $make, PciRegisters);
+            $crate::virtio_conformance!(@saved $make, PciRegisters $(, $not_saved)?);
             $crate::virtio_conformance!(
                 @pci $make,
                 describes_itself survives_function_accesses follows_its_bar survives_vector_accesses
@@ -497,6 +505,9 @@ macro_rules! virtio_pci_conformance {
 
 /// Makes a test of each of the [`conformance`](crate::conformance) checks on both transports, in the modules `mmio` and `pci` of a
 /// module of the given name. The two expressions make the same device for each transport.
+///
+/// A device that has no way to be saved says so by `not_saved` after the two expressions; the checks of save and restore are then
+/// left out, and it is checked that the device refuses.
 ///
 /// ```
 /// # use freestone_bus::{Device, Plug, Wiring};
@@ -524,6 +535,22 @@ macro_rules! virtio_conformance {
             $crate::virtio_mmio_conformance!(mmio, $mmio);
             $crate::virtio_pci_conformance!(pci, $pci);
         }
+    };
+    ($name:ident, mmio: $mmio:expr, pci: $pci:expr, not_saved $(,)?) => {
+        #[cfg(test)]
+        mod $name {
+            $crate::virtio_mmio_conformance!(mmio, $mmio, not_saved);
+            $crate::virtio_pci_conformance!(pci, $pci, not_saved);
+        }
+    };
+    (@saved $make:expr, $transport:ident) => {
+        $crate::virtio_conformance!(
+            @each $make, $transport,
+            loses_nothing_when_restored restores_at_every_point restores_what_is_broken survives_damaged_states
+        );
+    };
+    (@saved $make:expr, $transport:ident, not_saved) => {
+        $crate::virtio_conformance!(@each $make, $transport, is_not_saved);
     };
     (@common $make:expr, $transport:ident) => {
         $crate::virtio_conformance!(

@@ -120,6 +120,10 @@ impl DriverTransport for MmioRegisters {
         Ok(Self { device: device.ok_or_else(missing)? })
     }
 
+    fn follow(&self, wiring: &TestWiring) -> Result<Self> {
+        Self::find(wiring)
+    }
+
     /// A virtio-mmio device of version 2 is there.
     fn probe(&self) -> Result<u32> {
         let magic = self.read(regs::MAGIC)?;

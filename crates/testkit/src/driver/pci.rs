@@ -367,6 +367,12 @@ impl DriverTransport for PciRegisters {
         Self::at(wiring, address.ok_or_else(missing("virtio function"))?)
     }
 
+    fn follow(&self, wiring: &TestWiring) -> Result<Self> {
+        let segment = wiring.pci().ok_or_else(missing("PCI segment"))?;
+        segment.function(self.address).ok_or_else(missing("PCI function"))?;
+        Ok(Self { segment, bus: wiring.mmio_bus().clone(), ..self.clone() })
+    }
+
     /// BARs where they were found, decoded; every vector with a message of its own, unmasked.
     fn restore(&self) -> Result<()> {
         self.config_write(COMMAND, 2, 0)?;

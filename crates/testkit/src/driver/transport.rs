@@ -33,6 +33,12 @@ pub trait DriverTransport: fmt::Debug + Sized {
     /// [`Error::Protocol`] if there is none, or it is not as the specification says.
     fn find(wiring: &TestWiring) -> Result<Self>;
 
+    /// The same registers in front of a device that took this one's place in another machine. Nothing is written.
+    ///
+    /// # Errors
+    /// [`Error::Protocol`] if there is none.
+    fn follow(&self, wiring: &TestWiring) -> Result<Self>;
+
     /// Sets up again what [`find`](Self::find) set up, after a test has broken it.
     ///
     /// # Errors
@@ -157,6 +163,14 @@ impl<T: DriverTransport> VirtioDriver<T> {
     /// A driver for the device behind `transport`.
     pub fn on(transport: T) -> Self {
         Self { transport, negotiated: 0 }
+    }
+
+    /// The same driver, as one that does not notice that its device is another: see [`DriverTransport::follow`].
+    ///
+    /// # Errors
+    /// As [`DriverTransport::follow`].
+    pub fn follow(&self, wiring: &TestWiring) -> Result<Self> {
+        Ok(Self { transport: self.transport.follow(wiring)?, negotiated: self.negotiated })
     }
 
     /// The transport, for what this driver does not do.

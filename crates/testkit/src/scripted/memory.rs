@@ -111,6 +111,14 @@ impl Slots {
         Ok(data)
     }
 
+    pub(crate) fn set_logging(&self, slot: u32, on: bool) -> Result<()> {
+        let mut slots = self.lock();
+        let mapped = slots.get_mut(&slot).ok_or(no_slot(slot))?;
+        mapped.flags.set(MapFlags::LOG_DIRTY, on);
+        mapped.dirty.fill(0);
+        Ok(())
+    }
+
     pub(crate) fn take_dirty(&self, slot: u32) -> Result<Vec<u64>> {
         let mut slots = self.lock();
         let mapped = slots.get_mut(&slot).ok_or(no_slot(slot))?;

@@ -13,6 +13,7 @@ mod repeat;
 mod script;
 mod vcpu;
 mod vm;
+mod vm_state;
 
 pub(crate) use doorbells::{BellHandle, Bells};
 pub(crate) use memory::{DeviceSlots, Slots};

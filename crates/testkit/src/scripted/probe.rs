@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use freestone_bus::MsiMessage;
 use freestone_hypervisor::MapFlags;
-use freestone_hypervisor::x86::{CpuidLeaf, MpState, Regs, SpecialRegs};
+use freestone_hypervisor::x86::{
+    ClockState, CpuidLeaf, DebugRegs, MpState, Regs, SpecialRegs, VcpuEvents, VmState,
+};
 use freestone_memory::MemoryMap;
 
 use super::doorbells::Bells;
@@ -75,6 +77,16 @@ pub struct CpuSnapshot {
     pub mp_state: MpState,
     /// Local APIC.
     pub lapic: [u8; 1024],
+    /// Extended control registers.
+    pub xcrs: Vec<(u32, u64)>,
+    /// The XSAVE area.
+    pub xsave: Vec<u8>,
+    /// Debug registers.
+    pub debug_regs: DebugRegs,
+    /// Events on their way.
+    pub events: VcpuEvents,
+    /// Frequency of the time-stamp counter in kHz.
+    pub tsc_khz: Option<u32>,
 }
 
 impl Default for CpuSnapshot {
@@ -87,6 +99,11 @@ impl Default for CpuSnapshot {
             msrs: BTreeMap::new(),
             mp_state: MpState::Runnable,
             lapic: [0; 1024],
+            xcrs: vec![(0, 1)],
+            xsave: vec![0; 4096],
+            debug_regs: DebugRegs { dr6: 0xffff_0ff0, dr7: 0x400, ..DebugRegs::default() },
+            events: VcpuEvents::default(),
+            tsc_khz: Some(2_000_000),
         }
     }
 }
@@ -114,6 +131,8 @@ pub(crate) struct Shared {
     pub(crate) cpus: Mutex<BTreeMap<u32, Cpu>>,
     /// Calls of the VM in their order.
     pub(crate) calls: Mutex<Vec<String>>,
+    /// What was last restored of chips and clock.
+    pub(crate) vm_state: Mutex<VmState>,
 }
 
 impl Default for Shared {
@@ -126,6 +145,7 @@ impl Default for Shared {
             edges,
             cpus: Mutex::default(),
             calls: Mutex::default(),
+            vm_state: Mutex::default(),
         }
     }
 }
@@ -223,6 +243,11 @@ impl Probe {
     /// Doorbells bound now.
     pub fn doorbells(&self) -> usize {
         self.0.bells.len()
+    }
+
+    /// The clock as it was last set; `None` if nobody did.
+    pub fn clock(&self) -> Option<ClockState> {
+        self.0.vm_state.lock().unwrap_or_else(PoisonError::into_inner).clock
     }
 
     /// What was asked of the VM, in order: `map 0`, `irq_chip`, `create_vcpu 0`, ...

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use freestone_bus::IoAddr;
-use freestone_hypervisor::x86::{CpuidLeaf, MpState, Msr, Regs, SpecialRegs};
+use freestone_hypervisor::x86::{CpuidLeaf, MpState, Msr, Regs, SpecialRegs, VcpuState};
 use freestone_hypervisor::{CpuState, Error, Exit, Kick, Kicker, Result, Vcpu};
 
-use super::probe::{Cpu, Record, Shared};
+use super::probe::{Cpu, CpuSnapshot, Record, Shared};
 use super::script::{Code, Done, Guest, Op, Round, Script};
 use crate::log::Edges;
 
@@ -373,6 +373,58 @@ impl CpuState for ScriptedVcpu {
             check_msr(&self.refused_msrs, msr.index)?;
             self.state(|cpu| cpu.state.msrs.insert(msr.index, msr.value));
         }
+        Ok(())
+    }
+
+    /// The registers. What the script has still to do is not part of the state: a guest's memory says where it is.
+    ///
+    /// Fails if the last exit is not completed, which on a real processor would lose an instruction.
+    fn save(&mut self) -> Result<VcpuState> {
+        if !matches!(self.pending, Pending::None) {
+            let source = io::Error::other("the last exit is not completed");
+            return Err(Error::Call { op: "saving the scripted vCPU", source });
+        }
+        let has_lapic = self.shared.has_irq_chip();
+        let cpu = self.state(|cpu| cpu.state.clone());
+        Ok(VcpuState {
+            cpuid: cpu.cpuid,
+            tsc_khz: cpu.tsc_khz,
+            mp_state: cpu.mp_state,
+            regs: cpu.regs,
+            special_regs: cpu.special,
+            xcrs: cpu.xcrs,
+            xsave: cpu.xsave,
+            debug_regs: cpu.debug_regs,
+            lapic: has_lapic.then(|| Box::new(cpu.lapic)),
+            msrs: cpu.msrs.into_iter().map(|(index, value)| Msr { index, value }).collect(),
+            events: cpu.events,
+        })
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> Result<()> {
+        let refused = |msr: &&Msr| msr.value != 0 && self.refused_msrs.contains(&msr.index);
+        if let Some(&Msr { index, value }) = state.msrs.iter().find(refused) {
+            return Err(Error::MsrValue { index, value });
+        }
+        if state.lapic.is_some() != self.shared.has_irq_chip() {
+            return Err(Error::Unsupported("a local APIC without the interrupt controller, or the reverse,"));
+        }
+        self.state(|cpu| {
+            cpu.state = CpuSnapshot {
+                regs: state.regs,
+                special: state.special_regs,
+                cpuid: state.cpuid.clone(),
+                msrs: state.msrs.iter().map(|msr| (msr.index, msr.value)).collect(),
+                mp_state: state.mp_state,
+                lapic: state.lapic.as_deref().copied().unwrap_or([0; 1024]),
+                xcrs: state.xcrs.clone(),
+                xsave: state.xsave.clone(),
+                debug_regs: state.debug_regs,
+                events: state.events,
+                tsc_khz: state.tsc_khz,
+            };
+        });
+        self.shared.call(format!("restore {}", self.index));
         Ok(())
     }
 

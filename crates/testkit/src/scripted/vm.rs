@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use freestone_bus::{Doorbells, Irq, IrqChip, MemorySlots, MsiSource};
-use freestone_hypervisor::x86::{CpuidLeaf, MpState};
-use freestone_hypervisor::{DirtyLog, Error, Hypervisor, MapFlags, Result, Vm};
+use freestone_hypervisor::x86::{CpuidLeaf, HostCpu, MpState};
+use freestone_hypervisor::{DirtyLog, Error, Hypervisor, MapFlags, Result, SaveVm, Vm};
 use freestone_memory::{Address, GuestMemoryRegion, Region};
 
 use super::doorbells::BellHandle;
@@ -162,6 +162,17 @@ impl Hypervisor for ScriptedHypervisor {
     fn supported_cpuid(&self) -> Result<Vec<CpuidLeaf>> {
         Ok(self.features.cpuid.clone())
     }
+
+    fn host_cpu(&self) -> Result<HostCpu> {
+        Ok(HostCpu {
+            cpuid: self.features.cpuid.clone(),
+            tsc_khz: Some(2_000_000),
+            tsc_scaling: false,
+            xsave_len: Some(4096),
+            // Whatever is set is taken.
+            msrs: None,
+        })
+    }
 }
 
 impl fmt::Debug for ScriptedHypervisor {
@@ -173,7 +184,7 @@ impl fmt::Debug for ScriptedHypervisor {
 /// A VM whose vCPUs run scripts.
 pub struct ScriptedVm {
     scripts: Mutex<BTreeMap<u32, Script>>,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     features: Features,
 }
 
@@ -261,6 +272,10 @@ impl Vm for ScriptedVm {
         Some(Arc::new(DeviceSlots::new(Arc::clone(&self.shared.slots), log)))
     }
 
+    fn state(&self) -> Option<&dyn SaveVm> {
+        Some(self)
+    }
+
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {
         Some(self)
     }
@@ -269,6 +284,16 @@ impl Vm for ScriptedVm {
 impl DirtyLog for ScriptedVm {
     fn take(&self, slot: u32) -> Result<Vec<u64>> {
         self.shared.slots.take_dirty(slot)
+    }
+
+    fn slots(&self) -> Vec<(u32, u64, u64)> {
+        let slots = self.shared.slots.list();
+        let writable = slots.iter().filter(|slot| !slot.flags.contains(MapFlags::READ_ONLY));
+        writable.map(|slot| (slot.slot, slot.gpa, slot.len)).collect()
+    }
+
+    fn set_logging(&self, slot: u32, on: bool) -> Result<()> {
+        self.shared.slots.set_logging(slot, on)
     }
 }
 
@@ -281,7 +306,7 @@ impl fmt::Debug for ScriptedVm {
 impl Shared {
     const IRQ_CHIP: &str = "irq_chip";
 
-    fn has_irq_chip(&self) -> bool {
+    pub(crate) fn has_irq_chip(&self) -> bool {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|c| c == Self::IRQ_CHIP)
     }
 }

@@ -31,7 +31,7 @@ pub enum HintRun {
 #[derive(Debug, Default)]
 pub(super) struct Hinting {
     pub(super) run: HintRun,
-    last_id: u32,
+    pub(super) last_id: u32,
 }
 
 /// Counts what a balloon did.

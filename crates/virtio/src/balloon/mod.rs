@@ -7,6 +7,7 @@
 
 mod handle;
 mod pages;
+mod state;
 mod statistics;
 
 use std::sync::Arc;
@@ -14,12 +15,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use freestone_bus::{Progress, Source, Work};
+use freestone_snapshot::{Restoring, Saving};
 
 use crate::device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 use crate::worker::{QueueWorker, RequestHandler};
 use crate::{Error, Result};
 use handle::Shared;
 pub use handle::{BalloonCounts, BalloonHandle, HintRun};
+pub use state::{BalloonState, SavedRun};
 pub use statistics::BalloonStatistics;
 
 /// Feature bits of this device type that can be offered, as masks (5.5.3).
@@ -281,6 +284,14 @@ impl VirtioDevice for Balloon {
 
     fn reset(&mut self) {
         self.shared.reset();
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        self.save_state(state)
+    }
+
+    fn restore(&mut self, _features: u64, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        self.restore_state(state)
     }
 }
 

@@ -63,6 +63,33 @@ impl BalloonStatistics {
         Ok(statistics)
     }
 
+    /// All values, by their tags.
+    pub(super) fn to_array(self) -> [Option<u64>; 10] {
+        [
+            self.swap_in,
+            self.swap_out,
+            self.major_faults,
+            self.minor_faults,
+            self.free,
+            self.total,
+            self.available,
+            self.caches,
+            self.huge_pages_allocated,
+            self.huge_pages_failed,
+        ]
+    }
+
+    /// The reverse of [`to_array`](Self::to_array).
+    pub(super) fn from_array(values: [Option<u64>; 10]) -> Self {
+        let mut statistics = Self::default();
+        for (tag, value) in (0..).zip(values) {
+            if let Some(value) = value {
+                statistics.set(tag, value);
+            }
+        }
+        statistics
+    }
+
     fn set(&mut self, tag: u16, value: u64) {
         let field = match tag {
             0 => &mut self.swap_in,
@@ -114,6 +141,11 @@ impl Clock {
         if let Err(error) = self.poke.write(1) {
             tracing::trace!(%error, "wake-up dropped");
         }
+    }
+
+    /// Whether a request waits for its turn.
+    pub(super) fn is_requested(&self) -> bool {
+        self.requested.load(Ordering::Acquire)
     }
 
     pub(super) fn set_interval(&self, interval: Option<Duration>) -> io::Result<()> {

@@ -2,6 +2,7 @@
 
 mod config;
 mod request;
+mod state;
 mod stats;
 mod worker;
 
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use freestone_block::{Engine, Image, IoQueue, SyncQueue};
+use freestone_snapshot::{Restoring, Saving};
 
 use crate::device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 use crate::rate::{RateLimiter, Throttle};
@@ -18,6 +20,7 @@ use crate::{DeviceControl, Error, Result};
 pub use config::{BlockConfig, CacheMode, RangeLimits};
 use config::{CAPACITY_LEN, CONFIG_LEN, WRITEBACK_AT};
 use request::{Now, Rules};
+pub use state::BlockState;
 use stats::ErrorLog;
 pub use stats::{BlkCounts, BlkStats};
 use worker::{BlkWorker, MAX_DEPTH};
@@ -248,6 +251,14 @@ impl VirtioDevice for Block {
         self.cache_chosen = false;
         let writeback = self.shared.config.cache == CacheMode::Writeback;
         self.shared.writeback.store(writeback, Ordering::Relaxed);
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        self.save_state(state)
+    }
+
+    fn restore(&mut self, _features: u64, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        self.restore_state(state)
     }
 
     fn shutdown(&mut self) -> Result<()> {

@@ -15,7 +15,9 @@ const PORT_OPEN: u16 = 6;
 const PORT_NAME: u16 = 7;
 
 /// Most messages that wait for the driver. A driver that asks without giving buffers gets no more than these.
-const MAX_WAITING: usize = 256;
+pub(super) const MAX_WAITING: usize = 256;
+/// Bytes of the longest message: that with a port's name.
+pub(super) const MAX_MESSAGE: usize = MESSAGE_LEN + super::port::MAX_NAME;
 
 /// Messages that wait for a buffer of the driver.
 #[derive(Debug, Default)]
@@ -24,6 +26,16 @@ pub(super) struct Control {
 }
 
 impl Control {
+    /// The messages that wait, oldest first.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = &Vec<u8>> {
+        self.waiting.iter()
+    }
+
+    /// These messages wait, and no others.
+    pub(super) fn restore(&mut self, messages: Vec<Vec<u8>>) {
+        self.waiting = messages.into();
+    }
+
     /// Takes the next message.
     pub(super) fn next(&mut self) -> Option<Vec<u8>> {
         self.waiting.pop_front()

@@ -5,6 +5,7 @@
 
 mod control;
 mod port;
+mod state;
 mod worker;
 
 use std::fmt;
@@ -12,8 +13,10 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use freestone_bus::{EFD_NONBLOCK, EventFd};
+use freestone_snapshot::{Restoring, Saving};
 
 pub use port::{Port, PortCounts, PortInput, PortOutput, ReadInput};
+pub use state::{ConsoleState, SavedPort};
 
 use crate::device::{DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 use crate::{DeviceControl, Error, Result};
@@ -59,6 +62,10 @@ impl Default for Size {
 #[derive(Debug)]
 struct State {
     size: Size,
+    /// Somebody set the size, so that a restored one does not replace it.
+    size_set: bool,
+    /// The driver is to be told of the size when the device starts.
+    size_changed: bool,
     ports: Vec<PortState>,
     control: Control,
     /// Present while a driver uses the device.
@@ -112,6 +119,8 @@ impl Console {
         let wake = EventFd::new(EFD_NONBLOCK).map_err(Error::io("create an eventfd"))?;
         let state = State {
             size: Size::default(),
+            size_set: false,
+            size_changed: false,
             ports: ports.into_iter().map(PortState::new).collect(),
             control: Control::default(),
             driver: None,
@@ -154,6 +163,9 @@ impl VirtioDevice for Console {
     fn start(&mut self, resources: Resources) -> Result<Vec<Box<dyn Worker>>> {
         let mut state = self.shared.lock();
         state.multiport = resources.features & feature::MULTIPORT != 0;
+        if std::mem::take(&mut state.size_changed) {
+            resources.control.config_changed();
+        }
         state.driver = Some(resources.control.clone());
         drop(state);
         let worker = ConsoleWorker::new(resources, Arc::clone(&self.shared))?;
@@ -164,8 +176,17 @@ impl VirtioDevice for Console {
         let mut state = self.shared.lock();
         state.driver = None;
         state.multiport = false;
+        state.size_changed = false;
         state.control = Control::default();
         state.ports.iter_mut().for_each(PortState::reset);
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        self.save_state(state)
+    }
+
+    fn restore(&mut self, features: u64, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        self.restore_state(features, state)
     }
 }
 
@@ -188,6 +209,7 @@ impl ConsoleHandle {
     /// If the worker cannot be woken.
     pub fn resize(&self, size: Size) -> io::Result<()> {
         let mut state = self.shared.lock();
+        state.size_set = true;
         if state.size == size {
             return Ok(());
         }

@@ -9,6 +9,8 @@ use freestone_bus::Source;
 
 /// Bytes that are read from the host at a time.
 pub(super) const CHUNK: usize = 4096;
+/// Most bytes of a port's name.
+pub(super) const MAX_NAME: usize = 64;
 
 /// Where a port's bytes for the guest come from.
 pub trait PortInput: Send {
@@ -87,7 +89,9 @@ impl Port {
     /// A port with a name, by which Linux makes `/dev/virtio-ports/NAME`. Of the name, the first 64 bytes count.
     pub fn named(name: impl Into<String>) -> Self {
         let mut name = name.into();
-        name.truncate((0..=64.min(name.len())).rev().find(|&at| name.is_char_boundary(at)).unwrap_or(0));
+        name.truncate(
+            (0..=MAX_NAME.min(name.len())).rev().find(|&at| name.is_char_boundary(at)).unwrap_or(0),
+        );
         Self { name, console: false, input: None, output: None }
     }
 
@@ -139,7 +143,9 @@ pub(super) struct PortState {
     input: Option<Box<dyn PortInput>>,
     output: Option<Box<dyn PortOutput>>,
     /// Bytes that were read from the host and that the guest has no buffer for yet.
-    waiting: Vec<u8>,
+    pub(super) waiting: Vec<u8>,
+    /// Bytes of the guest from a request that was given back when the device stopped, and that the host's end did not take yet.
+    pub(super) unsent: Vec<u8>,
 }
 
 impl PortState {
@@ -155,11 +161,15 @@ impl PortState {
             input,
             output,
             waiting: Vec::new(),
+            unsent: Vec::new(),
         }
     }
 
     /// The driver is gone. Input that it did not take waits for the next one.
     pub(super) fn reset(&mut self) {
+        self.flush_unsent();
+        let lost = std::mem::take(&mut self.unsent).len();
+        self.drop_bytes(lost);
         self.ready = false;
         self.guest_open = false;
     }
@@ -199,6 +209,15 @@ impl PortState {
     pub(super) fn taken(&mut self, count: usize) {
         self.counts.to_guest = self.counts.to_guest.saturating_add(count as u64);
         self.waiting.drain(..count.min(self.waiting.len()));
+    }
+
+    /// Gives the host what it did not take before; whether it has all now.
+    pub(super) fn flush_unsent(&mut self) -> bool {
+        let mut unsent = std::mem::take(&mut self.unsent);
+        let done = self.output(&unsent);
+        unsent.drain(..done.min(unsent.len()));
+        self.unsent = unsent;
+        self.unsent.is_empty()
     }
 
     /// Gives bytes of the guest to the host; returns how many are done with, which is less only if the host's end is full.

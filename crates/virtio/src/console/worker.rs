@@ -11,6 +11,7 @@ use super::port::{CHUNK, PortState};
 use super::{Shared, State};
 use crate::device::{ActiveQueue, Resources, Worker};
 use crate::queue::{AttachedQueue, Chain, ChainBuffers, SpareBuffers};
+use crate::worker::complete;
 use crate::{DeviceControl, Error, Result};
 
 /// Queue of control messages to the driver, and from it.
@@ -203,6 +204,9 @@ fn transmit<'m>(
     partial: &mut Option<Partial>,
 ) -> Result<Served> {
     let Some(port) = state.ports.get_mut(port) else { return Ok(Served::Waiting) };
+    if !port.flush_unsent() {
+        return Ok(Served::HostFull);
+    }
     if let Some(Partial { chain, mut rest }) = partial.take() {
         let done = port.output(&rest);
         if done < rest.len() {
@@ -227,7 +231,7 @@ fn transmit<'m>(
 }
 
 /// Most bytes of one request; a driver that sends more in one piece loses the rest, for it would hold up everybody.
-const MAX_REQUEST: usize = 1 << 20;
+pub(super) const MAX_REQUEST: usize = 1 << 20;
 
 /// Gives a request to the host's end. Returns what is left of it if that is full.
 fn pass_on(port: &mut PortState, buffers: &mut ChainBuffers<'_>) -> Result<Option<Vec<u8>>> {
@@ -313,7 +317,7 @@ impl Work for ConsoleWorker {
 }
 
 impl Worker for ConsoleWorker {
-    /// A request that the host's end took a part of is given back as done: the rest is written now or dropped.
+    /// A request that the host's end took a part of is given back as done: the rest waits with the port.
     fn into_queues(self: Box<Self>) -> Vec<ActiveQueue> {
         let Self { mem, lanes, shared, .. } = *self;
         let view = mem.view();
@@ -323,12 +327,11 @@ impl Worker for ConsoleWorker {
             .map(|Lane { mut active, role, partial }| {
                 if let (Some(Partial { chain, rest }), Role::Transmit(port)) = (partial, role) {
                     if let Some(port) = state.ports.get_mut(port) {
-                        let done = port.output(&rest);
-                        port.drop_bytes(rest.len().saturating_sub(done));
+                        port.unsent = rest;
                     }
                     let given = active.queue.attach(&view).and_then(|mut queue| {
                         queue.push_used(chain, 0)?;
-                        queue.publish()
+                        complete(&mut queue, &active.irq)
                     });
                     if let Err(error) = given {
                         tracing::debug!(%error, "a console request could not be given back");

@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 
+use super::state::MemState;
 use crate::{Error, Result};
 
 /// Where the memory of chunks comes from.
@@ -28,6 +29,15 @@ pub(super) enum Answer {
     Busy,
     /// `VIRTIO_MEM_RESP_ERROR`.
     Error,
+}
+
+/// Why a saved state is refused.
+#[derive(Debug)]
+pub(super) enum Misfit {
+    /// What of it cannot be, and its value.
+    State(&'static str, u64),
+    /// The host has no memory for it.
+    Host(io::Error),
 }
 
 /// The state of some blocks (5.15.6.6).
@@ -204,6 +214,72 @@ impl<S: ChunkSource> Blocks<S> {
         }
         self.sizes.plugged = 0;
         self.sizes.usable = self.usable_for(self.sizes.requested);
+    }
+
+    /// Everything, to be saved.
+    pub(super) fn state_of_all(&self) -> MemState {
+        let bits =
+            |blocks: &[bool]| blocks.iter().rev().fold(0_u8, |bits, plugged| bits << 1 | u8::from(*plugged));
+        let Sizes { block, base, region, usable, requested, .. } = self.sizes;
+        let plugged = self.plugged.chunks(8).map(bits).collect();
+        MemState { base, region, block, chunk: self.chunk_size, usable, requested, plugged }
+    }
+
+    /// Becomes what was saved: all of it or nothing. No block is plugged before.
+    pub(super) fn restore(&mut self, state: &MemState) -> std::result::Result<(), Misfit> {
+        let plugged = self.check(state)?;
+        let blocks = 0..plugged.len();
+        let mut parts = Vec::new();
+        for (index, blocks) in self.by_chunk(&blocks) {
+            let count = plugged.get(blocks).unwrap_or_default().iter().filter(|plugged| **plugged).count();
+            if count > 0 {
+                parts.push((index, 0..count));
+            }
+        }
+        if let Err(error) = self.add_chunks(&parts) {
+            self.drop_empty(&parts);
+            return Err(Misfit::Host(error));
+        }
+        for (index, blocks) in parts {
+            if let Some(chunk) = self.chunks.get_mut(index) {
+                chunk.plugged = blocks.len() as u64;
+            }
+            self.sizes.plugged += blocks.len() as u64 * self.sizes.block;
+        }
+        self.plugged = plugged;
+        (self.sizes.usable, self.sizes.requested) = (state.usable, state.requested);
+        Ok(())
+    }
+
+    /// Whether each block is plugged in `state`, if that can be of this device.
+    fn check(&self, state: &MemState) -> std::result::Result<Vec<bool>, Misfit> {
+        let Sizes { block, base, region, .. } = self.sizes;
+        let len = self.plugged.len();
+        let in_region = |bytes: u64| bytes <= region && bytes.is_multiple_of(block);
+        let checks = [
+            (state.region == region, "its region has another size than", state.region),
+            (state.block == block, "its blocks have another size than", state.block),
+            (state.base == base, "its region is elsewhere than at", state.base),
+            (state.chunk == self.chunk_size, "it keeps memory in other pieces than of", state.chunk),
+            (in_region(state.usable), "size of the usable region", state.usable),
+            (in_region(state.requested), "requested size", state.requested),
+            (state.plugged.len() == len.div_ceil(8), "length of the bitmap", state.plugged.len() as u64),
+        ];
+        if let Some((_, what, value)) = checks.into_iter().find(|(holds, ..)| !holds) {
+            return Err(Misfit::State(what, value));
+        }
+        let bits = |byte: &u8| {
+            let byte = *byte;
+            (0..8).map(move |bit| byte >> bit & 1 != 0)
+        };
+        let mut plugged: Vec<bool> = state.plugged.iter().flat_map(bits).collect();
+        // What is beyond the region or the usable part of it is not plugged.
+        let usable = usize::try_from(state.usable / block).unwrap_or(usize::MAX);
+        if plugged.iter().skip(usable).any(|plugged| *plugged) {
+            return Err(Misfit::State("a block is plugged beyond the usable region of", state.usable));
+        }
+        plugged.truncate(len);
+        Ok(plugged)
     }
 
     fn mark(&mut self, blocks: Range<usize>, plugged: bool) {
@@ -446,5 +522,61 @@ mod tests {
             blocks.request(bytes).unwrap_err();
         }
         assert_eq!(blocks.sizes().requested, BLOCK);
+    }
+
+    #[test]
+    fn a_restored_device_has_the_blocks_of_the_saved_one_in_the_same_chunks() {
+        let (mut saved, host) = blocks(64 * MIB);
+        for (block, count) in [(0, 3), (5, 1), (11, 9), (30, 1)] {
+            assert_eq!(saved.plug(BASE + block * BLOCK, count), Answer::Ack);
+        }
+        assert_eq!(saved.unplug(BASE + BLOCK, 1), Answer::Ack);
+        saved.request(16 * MIB).unwrap();
+        let (mut restored, new_host) = blocks(0);
+        restored.restore(&saved.state_of_all()).unwrap();
+        assert_eq!(restored.state_of_all(), saved.state_of_all());
+        assert_eq!(restored.sizes(), saved.sizes());
+        assert_eq!(*new_host.chunks.borrow(), *host.chunks.borrow());
+        assert_eq!(restored.state(BASE, 3), Some(State::Mixed));
+        for (block, count) in [(0, 1), (2, 1), (5, 1), (11, 9), (30, 1)] {
+            assert_eq!(restored.unplug(BASE + block * BLOCK, count), Answer::Ack, "{block}");
+        }
+        assert_eq!((restored.sizes().plugged, new_host.chunks.borrow().len()), (0, 0));
+    }
+
+    #[test]
+    fn a_host_without_memory_restores_nothing() {
+        let (mut saved, _) = blocks(64 * MIB);
+        assert_eq!(saved.plug(BASE + 3 * BLOCK, 2), Answer::Ack);
+        let (mut restored, host) = blocks(0);
+        host.left.set(Some(1));
+        assert!(matches!(restored.restore(&saved.state_of_all()), Err(Misfit::Host(_))));
+        assert_eq!((restored.sizes().plugged, host.chunks.borrow().len()), (0, 0));
+    }
+
+    #[test]
+    fn a_state_of_another_device_or_of_none_is_refused() {
+        let (mut saved, _) = blocks(64 * MIB);
+        saved.plug(BASE, 2);
+        let state = saved.state_of_all();
+        let bad: [fn(&mut MemState); 10] = [
+            |state| state.region += BLOCK,
+            |state| state.block *= 2,
+            |state| state.base += CHUNK,
+            |state| state.chunk *= 2,
+            |state| state.usable = REGION + BLOCK,
+            |state| state.usable += 1,
+            |state| state.usable = BLOCK,
+            |state| state.requested = u64::MAX,
+            |state| state.plugged.push(0),
+            |state| *state.plugged.last_mut().unwrap() = 0x80,
+        ];
+        for (index, change) in bad.iter().enumerate() {
+            let mut state = state.clone();
+            change(&mut state);
+            let (mut restored, host) = blocks(0);
+            assert!(matches!(restored.restore(&state), Err(Misfit::State(..))), "{index}");
+            assert_eq!((restored.sizes().plugged, host.chunks.borrow().len()), (0, 0));
+        }
     }
 }

@@ -6,12 +6,14 @@
 
 mod blocks;
 mod request;
+mod state;
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use freestone_bus::{MemorySlots, Wiring};
 use freestone_memory::{Backing, GuestMem, RegionBuilder};
+use freestone_snapshot::{Restoring, Saving};
 
 use crate::device::{DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 use crate::device_memory::DeviceMemory;
@@ -121,9 +123,12 @@ impl ChunkSource for Machine {
 
     fn add(&self, gpa: u64, len: u64) -> io::Result<DeviceMemory> {
         // As shareable as the guest's other memory. Huge pages would have to be reserved here, and could run out.
-        let backing =
-            if self.mem.backing() == Backing::Anonymous { Backing::Anonymous } else { Backing::Memfd };
-        let region = RegionBuilder::new(gpa, len).backing(backing).build().map_err(io::Error::other)?;
+        let backing = match self.mem.backing() {
+            Backing::Anonymous | Backing::Image => Backing::Anonymous,
+            _ => Backing::Memfd,
+        };
+        let builder = RegionBuilder::new(gpa, len).backing(backing).dirty_log(self.mem.logs_dirty());
+        let region = builder.build().map_err(io::Error::other)?;
         DeviceMemory::insert(&self.mem, &*self.slots, region, false)
     }
 
@@ -287,6 +292,15 @@ impl VirtioDevice for Mem {
             Box::new(QueueWorker::new(mem.clone(), queue, control.clone(), requests)) as Box<dyn Worker>
         });
         Ok(workers.collect())
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        self.save_state(state)
+    }
+
+    /// Memory is put where blocks are plugged; its contents come later, with those of all guest memory.
+    fn restore(&mut self, _: u64, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        self.restore_state(state)
     }
 
     /// Plugged memory stays as it is (5.15.5.2): the next driver, such as a crash kernel, may want to read it.

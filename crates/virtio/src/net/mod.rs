@@ -7,6 +7,7 @@ mod filter;
 mod handle;
 mod header;
 mod receive;
+mod state;
 mod stats;
 mod transmit;
 mod worker;
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use freestone_bus::{EFD_NONBLOCK, EventFd, Progress, Source, Work};
 use freestone_net::{Endpoint, MacAddr, Offloads, Port, PortInfo, Setup};
+use freestone_snapshot::{Restoring, Saving};
 
 use crate::device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 use crate::rate::{Gate, Throttle};
@@ -39,7 +41,7 @@ struct Shared {
     info: PortInfo,
     config: NetConfig,
     /// The address before the driver changes it.
-    mac: MacAddr,
+    mac: Mutex<MacAddr>,
     link: AtomicBool,
     /// The driver was asked to announce itself.
     announce: AtomicBool,
@@ -161,7 +163,7 @@ impl Net {
         let shared = Shared {
             port: Mutex::new(port),
             info: port_info,
-            mac,
+            mac: Mutex::new(mac),
             link: AtomicBool::new(true),
             announce: AtomicBool::new(false),
             active_pairs: AtomicU16::new(1),
@@ -308,9 +310,19 @@ impl VirtioDevice for Net {
         shared.announce.store(false, Ordering::Release);
         shared.active_pairs.store(1, Ordering::Release);
         shared.receive.store(0, Ordering::Release);
-        shared.change_filter(|filter| *filter = RxFilter::new(shared.mac));
+        let mac = *lock(&shared.mac);
+        shared.change_filter(|filter| *filter = RxFilter::new(mac));
         shared.port().reset();
         self.fresh = true;
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        self.save_state(state)
+    }
+
+    /// The driver is asked to announce itself when the card goes on, if it can: the machine may be elsewhere now.
+    fn restore(&mut self, features: u64, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        self.restore_state(features, state)
     }
 }
 

@@ -65,7 +65,7 @@ impl fmt::Debug for PciWiring {
 /// A virtio device as a function of PCI. Most users want [`VirtioPciPlug`](super::VirtioPciPlug), which makes one and wires it up.
 #[derive(Debug)]
 pub struct PciTransport {
-    registers: Arc<Registers>,
+    pub(super) registers: Arc<Registers>,
     function: Mutex<Function>,
     bars: BarSpace,
     /// Where BAR 0 started out.
@@ -73,9 +73,9 @@ pub struct PciTransport {
 }
 
 #[derive(Debug)]
-struct Function {
-    space: ConfigSpace,
-    bar: BarMapping,
+pub(super) struct Function {
+    pub(super) space: ConfigSpace,
+    pub(super) bar: BarMapping,
     bar_len: u64,
     /// Offset of the capability of the window.
     window: u16,
@@ -150,7 +150,7 @@ impl PciTransport {
         self.registers.lock().faults()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Function> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Function> {
         self.function.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -163,8 +163,24 @@ impl Drop for PciTransport {
 
 impl Function {
     /// Where the BAR should be.
-    fn decoded(&self) -> Option<u64> {
+    pub(super) fn decoded(&self) -> Option<u64> {
         self.space.decoded_bar(BAR).filter(|_| !self.gone)
+    }
+
+    /// Keeps the BAR at `wanted`, if that can be, and the doorbells with it.
+    pub(super) fn map(&mut self, wanted: Option<u64>, registers: &Registers) {
+        let before = self.bar.address();
+        let now = self.bar.set(wanted);
+        if now != before {
+            registers.shared.set_base(now);
+            registers.lock().rebind_doorbells();
+        }
+    }
+
+    /// The vectors hear of the message control.
+    pub(super) fn set_msix(&self, registers: &Registers) {
+        let (enabled, masked) = self.space.msix_control();
+        registers.shared.msix.set_control(enabled, masked);
     }
 
     /// Whether an access of configuration space is about the data of the window.
@@ -226,17 +242,11 @@ impl PciFunction for PciTransport {
             function.write_window(&self.registers);
         }
         if changes.msix {
-            let (enabled, masked) = function.space.msix_control();
-            self.registers.shared.msix.set_control(enabled, masked);
+            function.set_msix(&self.registers);
         }
         if changes.decoding() {
-            let before = function.bar.address();
             let wanted = function.decoded();
-            let now = function.bar.set(wanted);
-            if now != before {
-                self.registers.shared.set_base(now);
-                self.registers.lock().rebind_doorbells();
-            }
+            function.map(wanted, &self.registers);
         }
     }
 }

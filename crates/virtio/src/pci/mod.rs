@@ -15,7 +15,9 @@
 mod function;
 mod plug;
 pub mod registers;
+mod state;
 
 pub use function::{PciTransport, PciWiring};
 pub use plug::VirtioPciPlug;
 pub(crate) use plug::plug;
+pub use state::PciState;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use freestone_bus::pci::{PciAddress, PciSegment};
 use freestone_bus::{Device, Plug, Wiring};
+use freestone_snapshot::{Restoring, Saving};
 
 use super::{PciTransport, PciWiring};
 use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
@@ -69,6 +70,14 @@ impl Lifecycle for Placed {
 
     fn shutdown(&self) -> Result<()> {
         self.transport.shutdown()
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        self.transport.save_at(Some(self.address), state)
+    }
+
+    fn restore(&self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        self.transport.restore_at(Some(self.address), state)
     }
 
     fn unplug(&self) {

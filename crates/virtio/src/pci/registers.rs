@@ -57,9 +57,9 @@ pub mod common {
 }
 
 /// Bit of the interrupt status: used buffer notification.
-const ISR_QUEUE: u8 = 1;
+pub(super) const ISR_QUEUE: u8 = 1;
 /// Bit of the interrupt status: configuration change notification.
-const ISR_CONFIG: u8 = 2;
+pub(super) const ISR_CONFIG: u8 = 2;
 /// Stands for a BAR that is nowhere.
 const UNMAPPED: u64 = u64::MAX;
 
@@ -111,6 +111,22 @@ impl Shared {
     fn set_vector(&self, of: &AtomicU16, vector: u16) {
         let vector = if vector < self.msix.count() { vector } else { NO_VECTOR };
         of.store(vector, Ordering::Release);
+    }
+
+    /// Interrupt status, and the vectors of the configuration and of each queue.
+    pub(super) fn interrupts(&self) -> (u8, u16, Vec<u16>) {
+        let vector = |of: &AtomicU16| of.load(Ordering::Acquire);
+        let queues = self.queue_vectors.iter().map(vector).collect();
+        (self.isr.load(Ordering::Acquire), vector(&self.config_vector), queues)
+    }
+
+    /// Sets what [`interrupts`](Self::interrupts) gives, vectors as a driver does.
+    pub(super) fn set_interrupts(&self, isr: u8, config: u16, queues: &[u16]) {
+        self.isr.store(isr & (ISR_QUEUE | ISR_CONFIG), Ordering::Release);
+        self.set_vector(&self.config_vector, config);
+        for (of, vector) in self.queue_vectors.iter().zip(queues) {
+            self.set_vector(of, *vector);
+        }
     }
 
     fn queue_vector(&self, queue: u16) -> Option<&AtomicU16> {

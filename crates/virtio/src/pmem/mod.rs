@@ -4,6 +4,7 @@
 //! when the device is plugged in.
 
 mod flush;
+mod state;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use freestone_bus::Wiring;
 use freestone_memory::{FileMapping, RegionBuilder};
+use freestone_snapshot::{Restoring, Saving};
 use rustix::fs::FallocateFlags;
 
 use crate::device::{DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
@@ -292,6 +294,15 @@ impl VirtioDevice for Pmem {
             Box::new(worker) as Box<dyn Worker>
         });
         Ok(workers.collect())
+    }
+
+    fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        self.save_state(state)
+    }
+
+    /// The file must have the size of the saved one, and its memory the same place. What is in it is for whoever keeps the file.
+    fn restore(&mut self, _: u64, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        self.restore_state(state)
     }
 
     fn shutdown(&mut self) -> Result<()> {

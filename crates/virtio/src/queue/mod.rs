@@ -150,7 +150,8 @@ impl VirtQueue {
             RingState::Split { next_avail: 0, next_used: 0 }
         };
         let event_idx = features & features::RING_EVENT_IDX != 0;
-        Self::restore(QueueState { config, max_size, event_idx, ring }, view)
+        // A driver sets its rings up so that it kicks.
+        Self::build(QueueState { config, max_size, event_idx, ring }, view, true)
     }
 
     /// A queue that goes on where `state` was taken. It is checked as in [`new`](Self::new), so it may come from anywhere.
@@ -158,16 +159,21 @@ impl VirtQueue {
     /// # Errors
     /// [`Error::QueueSize`], [`Error::QueueLayout`] or [`Error::QueuePosition`].
     pub fn restore(state: QueueState, view: &MemoryView) -> Result<Self> {
+        // Whether the driver was asked to kick stands in memory, and is written anew.
+        Self::build(state, view, false)
+    }
+
+    fn build(state: QueueState, view: &MemoryView, kicks_wanted: bool) -> Result<Self> {
         let QueueState { config, max_size, event_idx, ring } = state;
         let limits = Limits { config, max_size, event_idx };
         let position = match ring {
             RingState::Split { next_avail, next_used } => {
                 split::check(&limits)?;
-                Position::Split(split::Position::new(next_avail, next_used))
+                Position::Split(split::Position::new(next_avail, next_used, kicks_wanted))
             }
             RingState::Packed { next_avail, next_used } => {
                 packed::check(&limits)?;
-                Position::Packed(packed::Position::new(next_avail, next_used, config.size)?)
+                Position::Packed(packed::Position::new(next_avail, next_used, config.size, kicks_wanted)?)
             }
         };
         let mut queue = Self { limits, position, meter: Meter::new(Arc::default()) };

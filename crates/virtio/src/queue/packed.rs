@@ -95,7 +95,12 @@ pub(super) struct Position {
 impl Position {
     /// # Errors
     /// [`Error::QueuePosition`] if the positions are not in a ring of `size`, or further apart than it is long.
-    pub(super) fn new(next_avail: RingPosition, next_used: RingPosition, size: u16) -> Result<Self> {
+    pub(super) fn new(
+        next_avail: RingPosition,
+        next_used: RingPosition,
+        size: u16,
+        kicks_wanted: bool,
+    ) -> Result<Self> {
         let refused = Error::QueuePosition { avail: next_avail.slot, used: next_used.slot, size };
         if next_avail.slot >= size || next_used.slot >= size {
             return Err(refused);
@@ -112,7 +117,7 @@ impl Position {
             unpublished: 0,
             published: next_used,
             unsignalled: 0,
-            kicks_wanted: true,
+            kicks_wanted,
         })
     }
 }

@@ -44,14 +44,14 @@ pub(super) struct Position {
 }
 
 impl Position {
-    pub(super) fn new(next_avail: u16, next_used: u16) -> Self {
+    pub(super) fn new(next_avail: u16, next_used: u16, kicks_wanted: bool) -> Self {
         Self {
             next_avail,
             seen_avail: next_avail,
             next_used,
             published: next_used,
             signalled: next_used,
-            kicks_wanted: true,
+            kicks_wanted,
         }
     }
 }

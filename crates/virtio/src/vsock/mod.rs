@@ -19,6 +19,8 @@ mod worker;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use freestone_snapshot::{Restoring, Saving};
+
 pub use host::{HostEvent, HostSide, StreamId};
 pub use stats::{VsockCounts, VsockStats};
 pub use unix::UnixHost;
@@ -99,7 +101,7 @@ impl VsockConfig {
 
 /// A virtio socket device.
 ///
-/// Connections live until the device is reset: pausing and resuming keeps them.
+/// Connections live until the device is reset: pausing and resuming keeps them. They do not survive in a restored machine.
 #[derive(Debug)]
 pub struct Vsock {
     info: DeviceInfo,
@@ -175,6 +177,18 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) {
         lock(&self.endpoint).reset();
+    }
+
+    /// Connections do not survive, and there is nothing else.
+    fn save(&self, _: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        Ok(())
+    }
+
+    /// As [`TransportReset::send`]: when the device goes on, the guest learns that its connections are gone, and reads its CID
+    /// again, which may be another one now.
+    fn restore(&mut self, _: u64, _: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        lock(&self.endpoint).reset_transport();
+        Ok(())
     }
 
     fn shutdown(&mut self) -> Result<()> {

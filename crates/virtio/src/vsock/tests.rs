@@ -14,6 +14,10 @@ use super::host::{HostEvent, HostSide, StreamId};
 use super::packet::{HOST_CID, Header, TYPE_STREAM, op, shutdown};
 use super::ring::CREDIT;
 use super::stats::VsockStats;
+use super::worker::lock;
+use super::{Vsock, VsockConfig, feature};
+use crate::device::VirtioDevice;
+use crate::state_tests::{restore, save};
 
 const CID: u64 = 3;
 const MAX_CONNECTIONS: usize = 4;
@@ -349,4 +353,25 @@ proptest! {
         prop_assert_eq!(memory.with(|world| world.streams.len()), 0);
         prop_assert!(!endpoint.wants_buffers() && endpoint.next_deadline().is_none());
     }
+}
+
+#[test]
+fn a_restored_device_has_no_connections_and_tells_its_guest_so() {
+    let (saved, host) = (vsock(u32::MAX - 1), Memory::default());
+    lock(&saved.endpoint).begin(Instant::now());
+    let state = save(&saved);
+    assert!(state.is_empty(), "nothing of it survives");
+    let mut restored = Vsock::new(host, VsockConfig::new(77)).unwrap();
+    restore(&mut restored, feature::STREAM, &state).unwrap();
+    assert!(lock(&restored.endpoint).transport_reset_is_due());
+    let mut cid = [0; 8];
+    restored.read_config(0, &mut cid);
+    assert_eq!(u64::from_le_bytes(cid), 77, "another CID, if the machine has another");
+    restored.reset();
+    assert!(!lock(&restored.endpoint).transport_reset_is_due(), "the next driver has no connections");
+    assert!(!lock(&saved.endpoint).transport_reset_is_due(), "what was saved goes on");
+}
+
+fn vsock(cid: u32) -> Vsock {
+    Vsock::new(Memory::default(), VsockConfig::new(cid)).unwrap()
 }

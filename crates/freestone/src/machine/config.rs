@@ -1,0 +1,99 @@
+//! What a machine is made of, as text: the arguments of `freestone run`. It is what a snapshot keeps, so that whoever restores it
+//! need not say it again.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use freestone_vmm::snapshot::Section;
+use serde::{Deserialize, Serialize};
+
+use crate::cli::{Cli, Command, Run};
+use crate::failure::Failure;
+
+/// The most arguments, and bytes of all, that are believed.
+const MAX_ARGS: usize = 4096;
+const MAX_BYTES: usize = 1 << 20;
+
+/// Arguments of `freestone run`, and the folder that relative paths in them begin at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Config {
+    args: Vec<String>,
+    folder: PathBuf,
+}
+
+impl Config {
+    /// From the arguments that follow `run`.
+    pub(crate) fn new(args: Vec<String>, folder: PathBuf) -> Self {
+        Self { args, folder }
+    }
+
+    /// From the arguments of this process, if it is `freestone run`. What is not UTF-8 cannot be kept.
+    pub(crate) fn of_process() -> Result<Self, Failure> {
+        let text = |arg: OsString| {
+            arg.into_string().map_err(|arg| Failure::usage(format!("the argument {arg:?} is not UTF-8")))
+        };
+        let args = std::env::args_os().skip_while(|arg| arg != "run").skip(1).map(text);
+        Ok(Self::new(args.collect::<Result<_, _>>()?, std::env::current_dir()?))
+    }
+
+    /// What the arguments mean, with absolute paths.
+    pub(crate) fn parse(&self) -> Result<Run, Failure> {
+        let words = ["freestone", "run"].into_iter().chain(self.args.iter().map(String::as_str));
+        let cli = Cli::try_parse_from(words).map_err(|error| {
+            let text = error.render().to_string();
+            let line = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+            Failure::usage(format!("the machine's configuration: {line}"))
+        })?;
+        match cli.command {
+            Command::Run(mut run) => {
+                run.make_absolute(&self.folder);
+                Ok(*run)
+            }
+            _ => Err(Failure::usage("the machine's configuration is not that of `run`")),
+        }
+    }
+
+    /// The arguments.
+    pub(crate) fn args(&self) -> &[String] {
+        &self.args
+    }
+
+    /// Where relative paths begin.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+/// The configuration in a snapshot: section `freestone`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ConfigSection {
+    args: Vec<String>,
+    folder: String,
+}
+
+impl Section for ConfigSection {
+    const NAME: &'static str = "freestone";
+    const VERSION: u32 = 1;
+}
+
+impl From<&Config> for ConfigSection {
+    fn from(config: &Config) -> Self {
+        Self { args: config.args.clone(), folder: config.folder.to_string_lossy().into_owned() }
+    }
+}
+
+impl TryFrom<ConfigSection> for Config {
+    type Error = Failure;
+
+    fn try_from(section: ConfigSection) -> Result<Self, Failure> {
+        let bytes: usize = section.args.iter().map(String::len).sum();
+        if section.args.len() > MAX_ARGS || bytes > MAX_BYTES {
+            return Err(Failure::new(format!(
+                "the snapshot's configuration has {} arguments of {bytes} bytes: at most {MAX_ARGS} of {MAX_BYTES}",
+                section.args.len()
+            )));
+        }
+        Ok(Self { args: section.args, folder: section.folder.into() })
+    }
+}

@@ -1,0 +1,145 @@
+//! Making a machine of the reference VMM again: from files, or from a template of another process.
+
+use std::str::FromStr;
+
+use freestone_kvm::Kvm;
+use freestone_vmm::hypervisor::x86::ClockPolicy;
+use freestone_vmm::store::{StorePaths, Stored};
+
+use super::config::{Config, ConfigSection};
+use super::vm::{Origin, Vm};
+use crate::cli::Run;
+use crate::console::Console;
+use crate::disk::DiskSpec;
+use crate::failure::Failure;
+use crate::net::NetSpec;
+use crate::specs::{PmemSpec, VsockSpec};
+
+/// What is to be restored, and what of it is to be another than it was.
+#[derive(Debug, Clone)]
+pub(crate) struct RestoreRequest {
+    /// The snapshot.
+    pub(crate) paths: StorePaths,
+    /// What the clock shows.
+    pub(crate) clock: ClockPolicy,
+    /// Whether all of memory is compared with its checksums before.
+    pub(crate) verify: bool,
+    /// Whether writes are logged, so that differences to this snapshot can be made.
+    pub(crate) track: bool,
+    /// Other resources of the host.
+    pub(crate) remap: Remap,
+}
+
+impl RestoreRequest {
+    /// Everything as it was.
+    pub(crate) fn new(paths: StorePaths) -> Self {
+        Self { paths, clock: ClockPolicy::Continue, verify: false, track: false, remap: Remap::default() }
+    }
+}
+
+/// Resources of the host that a restored machine uses in place of those it had.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Remap {
+    /// Disks by name (`vda`), each with a whole `--disk`.
+    pub(crate) disks: Vec<Named<DiskSpec>>,
+    /// Network cards by name (`net0`), each with a whole `--net`.
+    pub(crate) nets: Vec<Named<NetSpec>>,
+    /// Persistent memories by name (`pmem0`), each with a whole `--pmem`.
+    pub(crate) pmems: Vec<Named<PmemSpec>>,
+    /// The sockets' path.
+    pub(crate) vsock: Option<VsockSpec>,
+    /// The control socket: `Some(None)` for none.
+    pub(crate) control: Option<Option<std::path::PathBuf>>,
+}
+
+/// `NAME=SPEC` on a command line.
+#[derive(Debug, Clone)]
+pub(crate) struct Named<T> {
+    pub(crate) name: String,
+    pub(crate) spec: T,
+}
+
+impl<T: FromStr<Err = String>> FromStr for Named<T> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, spec) = text.split_once('=').ok_or("say NAME=WHAT: which, and what in its place")?;
+        Ok(Self { name: name.to_owned(), spec: spec.parse()? })
+    }
+}
+
+impl Remap {
+    fn apply(&self, run: &mut Run) -> Result<(), Failure> {
+        let first_disk = usize::from(run.kernel.is_none());
+        let disks = ('a'..='z').skip(first_disk).map(|letter| format!("vd{letter}"));
+        replace("disk", &mut run.disks, disks, &self.disks)?;
+        let nets: Vec<_> =
+            (0..).zip(&run.nets).map(|(n, net)| net.id.clone().unwrap_or(format!("net{n}"))).collect();
+        replace("network card", &mut run.nets, nets.into_iter(), &self.nets)?;
+        replace("persistent memory", &mut run.pmems, (0..).map(|n| format!("pmem{n}")), &self.pmems)?;
+        if let Some(vsock) = &self.vsock {
+            if run.vsock.is_none() {
+                return Err(Failure::usage("the snapshot's machine has no vsock"));
+            }
+            run.vsock = Some(vsock.clone());
+        }
+        if let Some(control) = &self.control {
+            run.control = control.clone();
+        }
+        Ok(())
+    }
+}
+
+/// Puts each of `others` in the place of the one that has its name.
+fn replace<T: Clone>(
+    what: &str,
+    specs: &mut [T],
+    names: impl Iterator<Item = String>,
+    others: &[Named<T>],
+) -> Result<(), Failure> {
+    let names: Vec<_> = names.take(specs.len()).collect();
+    for other in others {
+        let found = names.iter().position(|name| *name == other.name);
+        match found.and_then(|at| specs.get_mut(at)) {
+            Some(spec) => *spec = other.spec.clone(),
+            None => {
+                let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+                let name = &other.name;
+                return Err(Failure::usage(format!(
+                    "the snapshot's machine has no {what} {name:?}; it has: {there}"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes the machine of a snapshot. It is paused: [`Vm::go`] lets it go on. Nothing of it runs if anything does not fit.
+pub(crate) fn restore(
+    kvm: &Kvm,
+    request: &RestoreRequest,
+    console: &Console,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(Vm, Run), Failure> {
+    let mut stored = Stored::open(&request.paths)?;
+    if request.verify {
+        stored.verify(progress)?;
+    }
+    let config = Config::try_from(stored.sections().take::<ConfigSection>()?)?;
+    let mut run = config.parse()?;
+    request.remap.apply(&mut run)?;
+    run.cpus = stored.machine().cpus();
+    run.track_dirty |= request.track;
+    let memory = stored.map(run.track_dirty)?;
+    let id = stored.memory().id();
+    let origin = Origin::Restore { sections: stored.sections(), memory, clock: request.clock };
+    let mut vm = Vm::create(kvm, config, &run, console, origin)?;
+    stored.fill(&vm.machine)?;
+    stored.finish()?;
+    if run.track_dirty {
+        let mut paused = vm.machine.paused()?;
+        paused.track(true)?;
+        paused.set_base(id);
+    }
+    Ok((vm, run))
+}

@@ -1,0 +1,242 @@
+//! A machine and everything around it that lives as long.
+
+use std::borrow::Cow;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+use freestone_kvm::Kvm;
+use freestone_vmm::bus::{self, Task};
+use freestone_vmm::devices::{I8042Plug, PciRootPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug};
+use freestone_vmm::hypervisor::x86::ClockPolicy;
+use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
+use freestone_vmm::snapshot::Sections;
+use freestone_vmm::virtio::console::ConsoleHandle;
+use freestone_vmm::{Attention, ExitReason, FileSource, Machine, MachineBuilder, Payload, State, loader};
+
+use super::command::{Commander, Job};
+use super::config::Config;
+use crate::attach::Attached;
+use crate::cli::{ConsoleKind, MemoryBacking, Protocol, Run, Transport};
+use crate::console::Console;
+use crate::control::Controls;
+use crate::failure::Failure;
+use crate::net::{Pump, Threads};
+use crate::size;
+
+/// Where a machine comes from.
+pub(crate) enum Origin<'a> {
+    /// It boots what its configuration says.
+    Boot,
+    /// It was saved.
+    Restore {
+        /// All of it but memory. What is not of the machine was taken out.
+        sections: &'a mut Sections,
+        /// Its memory, as it was.
+        memory: GuestMem,
+        /// What its clock shows.
+        clock: ClockPolicy,
+    },
+}
+
+/// What a machine is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Status {
+    /// Where it is in its life.
+    pub(crate) state: State,
+    /// Number of vCPUs.
+    pub(crate) cpus: u32,
+    /// Bytes of RAM.
+    pub(crate) memory: u64,
+}
+
+/// A machine of the reference VMM.
+pub(crate) struct Vm {
+    // The tasks end before the machine whose event loop drives them.
+    _pumps: Vec<Task<Pump>>,
+    pub(crate) machine: Machine<Kvm>,
+    pub(crate) controls: Arc<Controls>,
+    /// The virtio console, if there is one.
+    pub(crate) console: Option<ConsoleHandle>,
+    config: Config,
+    cpus: u32,
+    /// Whether writes are to be logged, for differences.
+    pub(super) tracks: bool,
+    jobs: Receiver<Job>,
+    commander: Commander,
+}
+
+impl Vm {
+    /// Makes the machine that `run` describes, which `config` has as text. Nothing runs yet.
+    pub(crate) fn create(
+        kvm: &Kvm,
+        config: Config,
+        run: &Run,
+        console: &Console,
+        origin: Origin<'_>,
+    ) -> Result<Self, Failure> {
+        let payload = match origin {
+            Origin::Boot => Some(payload(run)?),
+            Origin::Restore { .. } => None,
+        };
+        let attached = Attached::new(run, console)?;
+        let mut builder = MachineBuilder::new(kvm).cpus(run.cpus).stats(run.stats);
+        if run.console == ConsoleKind::Serial {
+            builder = builder.device(console.serial()?);
+        }
+        builder = builder
+            .device(PowerPlug::new())
+            .device(I8042Plug::new())
+            .device(RtcPlug::new())
+            .device(PvPanicPlug::new())
+            .device(ProgressPlug::new());
+        if run.transport == Transport::Pci {
+            builder = builder.device(PciRootPlug::new());
+        }
+        for plug in attached.plugs {
+            builder = builder.device(plug);
+        }
+        let machine = match (origin, payload) {
+            (Origin::Restore { sections, memory, clock }, _) => {
+                builder.memory(memory).restore(sections, clock)?
+            }
+            (Origin::Boot, Some(payload)) => builder.memory(memory(run)?).payload(payload).build()?,
+            (Origin::Boot, None) => return Err(Failure::new("there is nothing to boot")),
+        };
+        let drive = |(pump, threads): (Pump, Option<Arc<Threads>>)| match threads {
+            Some(threads) => Ok(bus::spawn(&*threads, pump)?),
+            None => Ok::<_, Failure>(machine.drive(pump)?),
+        };
+        let pumps = attached.pumps.into_iter().map(drive).collect::<Result<Vec<_>, _>>()?;
+        let (sender, jobs) = channel();
+        let commander = Commander::new(sender, machine.handle());
+        Ok(Self {
+            _pumps: pumps,
+            machine,
+            controls: Arc::new(attached.controls),
+            console: attached.console,
+            config,
+            cpus: run.cpus,
+            tracks: run.track_dirty,
+            jobs,
+            commander,
+        })
+    }
+
+    /// Lets the guest run, for the first time or again.
+    pub(crate) fn go(&mut self) -> Result<(), Failure> {
+        match self.machine.state() {
+            State::Created => Ok(self.machine.start()?),
+            _ => Ok(self.machine.resume()?),
+        }
+    }
+
+    /// Does what is asked, and drives the devices, until the guest ends or somebody stops the machine; stops it then.
+    pub(crate) fn conduct(&mut self) -> Result<ExitReason, Failure> {
+        let reason = loop {
+            match self.machine.attend()? {
+                Attention::Ended(reason) => break reason,
+                Attention::Called => {
+                    while let Ok(job) = self.jobs.try_recv() {
+                        job(self);
+                    }
+                }
+            }
+        };
+        self.machine.stop()?;
+        Ok(reason)
+    }
+
+    /// Makes guest and devices stand still.
+    pub(crate) fn pause(&mut self) -> Result<(), Failure> {
+        Ok(self.machine.pause()?)
+    }
+
+    /// What the machine is doing.
+    pub(crate) fn status(&self) -> Status {
+        Status { state: self.machine.state(), cpus: self.cpus, memory: self.machine.memory().size() }
+    }
+
+    /// What the machine is made of.
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// A handle for other threads.
+    pub(crate) fn commander(&self) -> Commander {
+        self.commander.clone()
+    }
+}
+
+fn memory(args: &Run) -> Result<GuestMem, Failure> {
+    let info = rustix::system::sysinfo();
+    let host = info.totalram.saturating_mul(info.mem_unit.into());
+    if args.memory > host {
+        return Err(Failure::new(format!(
+            "--memory {} is more than this host has ({})",
+            size::display(args.memory),
+            size::display(host)
+        )));
+    }
+    let backing = match args.memory_backing {
+        MemoryBacking::Anonymous => Backing::Anonymous,
+        MemoryBacking::Memfd => Backing::Memfd,
+        MemoryBacking::Huge2m => Backing::HugePages(HugePageSize::Size2M),
+        MemoryBacking::Huge1g => Backing::HugePages(HugePageSize::Size1G),
+    };
+    Ok(GuestMemBuilder::new(args.memory)
+        .backing(backing)
+        .prefault(args.prefault)
+        .dirty_log(args.track_dirty)
+        .build()?)
+}
+
+fn payload(args: &Run) -> Result<Payload, Failure> {
+    let Some(kernel) = &args.kernel else {
+        return Ok(Payload::Image {
+            bytes: Cow::Borrowed(freestone_guest::DEMO),
+            cmdline: args.cmdline.clone().unwrap_or_default(),
+        });
+    };
+    let protocol = match args.protocol {
+        Protocol::Auto => loader::Protocol::Auto,
+        Protocol::Pvh => loader::Protocol::Pvh,
+        Protocol::Linux => loader::Protocol::Linux64,
+        Protocol::Linux32 => loader::Protocol::Linux32,
+    };
+    Ok(Payload::Kernel {
+        kernel: open("kernel", kernel)?,
+        initrd: args.initrd.as_deref().map(|path| open("initrd", path)).transpose()?,
+        cmdline: args.cmdline.clone().unwrap_or_else(|| default_cmdline(args)),
+        protocol,
+    })
+}
+
+fn default_cmdline(args: &Run) -> String {
+    let console = match args.console {
+        ConsoleKind::Serial => "ttyS0",
+        ConsoleKind::Virtio => "hvc0",
+    };
+    let mut line = format!("console={console} panic=-1");
+    if args.transport == Transport::Mmio {
+        // Linux looks for PCI as long as nobody says that there is none, and complains.
+        line.push_str(" pci=off");
+    }
+    if args.initrd.is_none()
+        && let Some(disk) = args.disks.first()
+    {
+        line.push_str(if disk.read_only { " root=/dev/vda ro" } else { " root=/dev/vda rw" });
+    }
+    line
+}
+
+fn open(what: &str, path: &Path) -> Result<FileSource, Failure> {
+    let failed = |reason: &dyn std::fmt::Display| {
+        Failure::new(format!("cannot open {what} {:?}: {reason}", path.display().to_string()))
+    };
+    if fs::metadata(path).map_err(|e| failed(&e))?.is_dir() {
+        return Err(failed(&"it is a directory"));
+    }
+    FileSource::open(path).map_err(|e| failed(&e))
+}

@@ -1,0 +1,22 @@
+//! Snapshots as files, and forks: guest memory and state together.
+//!
+//! A snapshot is two files: the state, in the container of [`freestone_snapshot`], and the memory, raw pages that a restore maps
+//! as they are. They know each other by an [`Id`] that both end with or contain, so that files of two snapshots are never taken for one.
+//!
+//! [`Paused::store`] writes one, [`Stored`] is one that is there, [`Template`] is one that forks are made from without any file.
+
+mod id;
+mod memory;
+mod read;
+mod rebase;
+mod template;
+mod track;
+mod write;
+
+pub use id::Id;
+pub use memory::MemorySection;
+pub use read::Stored;
+pub(crate) use read::fill;
+pub use template::Template;
+pub(crate) use track::Tracker;
+pub use write::{Kind, StoreOptions, StorePaths, StoreReport};
