@@ -6,8 +6,8 @@ use std::process::Command;
 use std::{env, fs};
 
 /// The programs, by the names of their binaries.
-const PROGRAMS: [&str; 10] =
-    ["demo", "start", "exits", "blk", "smp", "paging", "probe", "echo", "writer", "net"];
+const PROGRAMS: [&str; 11] =
+    ["demo", "start", "exits", "blk", "smp", "paging", "probe", "echo", "writer", "net", "life"];
 
 /// The only target the programs are for, whatever the host crate is built for.
 const TARGET: &str = "x86_64-unknown-linux-gnu";

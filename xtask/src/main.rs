@@ -10,6 +10,7 @@ mod guest;
 mod lab;
 #[cfg(test)]
 mod layers;
+mod life;
 mod machine;
 mod net;
 mod process;
@@ -77,6 +78,12 @@ enum Task {
     Vsock {
         #[command(subcommand)]
         end: vsock::End,
+    },
+    /// Live through snapshots: the guest of a test, or who leads it.
+    #[command(hide = true)]
+    Life {
+        #[command(subcommand)]
+        role: life::Role,
     },
     /// Serve, connect or send: one end of the networks' tests, in the guest or beside it.
     #[command(hide = true)]
@@ -146,6 +153,7 @@ fn main() -> Result<()> {
         }
         Task::Agent { port } => lab::agent::serve(&port),
         Task::Vsock { end } => vsock::run(&end),
+        Task::Life { role } => life::run(&role),
         Task::Net { program } => net::run(&program),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use freestone_memory::{MemorySlice, MemoryView};
@@ -101,6 +101,16 @@ pub trait IoQueue: Send + Debug {
 
     /// Becomes readable when a request completes; watch it for edges. `None` if nothing is ever pending.
     fn completion_source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>>;
+
+    /// Lets completions be told by `event`, an eventfd that the caller watches already, and no longer by
+    /// [`completion_source`](Self::completion_source). For a queue that takes the place of another under a worker.
+    ///
+    /// # Errors
+    /// `Unsupported` if the queue cannot; whatever the host says.
+    fn notify_by(&mut self, event: BorrowedFd<'_>) -> io::Result<()> {
+        let _ = event;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// An [`IoQueue`] that carries every request out on the spot. It works with any image.
@@ -143,5 +153,10 @@ impl IoQueue for SyncQueue {
 
     fn completion_source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
         None
+    }
+
+    /// Nothing is ever to be told.
+    fn notify_by(&mut self, _event: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
     }
 }

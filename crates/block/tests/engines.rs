@@ -423,3 +423,22 @@ fn many_queues_of_one_image_work_at_once() -> io::Result<()> {
     assert!(content.chunks(1 << 20).zip(1u8..).all(|(chunk, n)| chunk.iter().all(|byte| *byte == n)));
     Ok(())
 }
+
+#[test]
+fn another_event_tells_of_completions_when_it_is_asked_to() {
+    let dir = folder();
+    let image = disk(&dir, 1 << 20);
+    let Some(mut queue) = uring_or_skip(&image, 4) else { return };
+    let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
+    queue.notify_by(event.as_fd()).unwrap();
+    let mut value = [0; 8];
+    let _ = rustix::io::read(&event, &mut value);
+    let mem = GuestMem::anonymous(0x1000).unwrap();
+    let view = mem.view();
+    let bufs = [view.get_slice(GuestAddress(0), 512).unwrap()];
+    assert!(matches!(queue.submit(1, &view, Op::Read { bufs: &bufs, offset: 0 }), Submitted::Pending));
+    queue.commit().unwrap();
+    queue.wait().unwrap();
+    assert_eq!(wait_for_all(&mut *queue).len(), 1);
+    assert_eq!(rustix::io::read(&event, &mut value).unwrap(), 8);
+}

@@ -66,6 +66,13 @@ impl Bus {
         Some(entry.device)
     }
 
+    /// Takes all devices away, as [`remove`](Self::remove) does with one. A device may hold the very space that it is in, as a PCI
+    /// bridge does whose registers move: whoever owns the space ends that here, or neither is ever freed.
+    pub fn clear(&self) {
+        let _edit = self.edit.lock().unwrap_or_else(PoisonError::into_inner);
+        self.map.store(Arc::default());
+    }
+
     /// A view for one thread of accesses.
     pub fn view(&self) -> BusView {
         BusView { map: Cache::new(Arc::clone(&self.map)), last: 0 }
@@ -175,6 +182,25 @@ mod tests {
             self.1.store(offset, Ordering::Relaxed);
             Ok(())
         }
+    }
+
+    #[test]
+    fn a_device_that_holds_its_own_space_is_freed_when_that_is_cleared() {
+        struct Holds(Bus);
+        impl IoDevice for Holds {
+            fn read(&self, _: u64, _: &mut [u8]) -> Access {
+                Ok(())
+            }
+            fn write(&self, _: u64, _: &[u8]) -> Access {
+                Ok(())
+            }
+        }
+        let bus = Bus::new();
+        let device = Arc::new(Holds(bus.clone()));
+        bus.insert(0, 8, Arc::clone(&device) as _).unwrap();
+        bus.clear();
+        assert!(bus.ranges().is_empty() && device.0.ranges().is_empty());
+        assert_eq!(Arc::strong_count(&device), 1);
     }
 
     fn mark(m: u8) -> Arc<Mark> {

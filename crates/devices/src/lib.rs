@@ -29,7 +29,7 @@ pub use pvpanic::{PVPANIC_PORT, PvPanic, PvPanicPlug};
 pub use rtc::{CENTURY_INDEX, RTC_PORT, Rtc, RtcPlug};
 pub use serial::{
     COM1_GSI, COM1_PORT, COM2_GSI, COM2_PORT, ESCAPE_HELP, EscapeAction, EscapeFilter, Escaped, InputFilter,
-    Serial, SerialCounters, SerialInput, SerialPlug,
+    OutputLimit, Serial, SerialCounters, SerialFile, SerialInput, SerialPlug,
 };
 pub use state::{I8042State, PciConfigState, PowerState, ProgressState, RtcState, SerialState};
 pub use vmgenid::{VmGenId, VmGenIdPlug};

@@ -1,4 +1,4 @@
-//! The log on standard error. It is made when the first event is written: most machines start and end without one, and
+//! The log on standard error, or where the API leads it. The first is made when the first event is written: most machines start and end without one, and
 //! its tables are a noticeable part of the memory that a small machine's start touches.
 
 use std::fmt;
@@ -14,6 +14,10 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 
 use crate::failure::Failure;
+
+mod lead;
+
+pub(crate) use lead::{Settings, configure};
 
 /// Logs what `filter` lets through from now on: a level, or levels of targets.
 pub(crate) fn to_stderr(filter: &str) -> Result<(), Failure> {
@@ -46,10 +50,16 @@ impl Log {
 
 impl Subscriber for Log {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        if let Some(lead) = lead::current() {
+            return lead.is_enabled(metadata);
+        }
         self.targets.would_enable(metadata.target(), metadata.level())
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
+        if let Some(lead) = lead::current() {
+            return Some(lead.level());
+        }
         // Of the targets as of the default: what no target asks for is not even looked at.
         let levels = self.targets.iter().map(|(_, level)| level).chain(self.targets.default_level());
         Some(levels.max().unwrap_or(LevelFilter::OFF))
@@ -68,6 +78,9 @@ impl Subscriber for Log {
     }
 
     fn event(&self, event: &Event<'_>) {
+        if let Some(lead) = lead::current() {
+            return lead.write(event);
+        }
         self.writer().event(event);
     }
 

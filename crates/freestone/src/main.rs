@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod api;
 mod attach;
 mod cli;
 mod completions;
@@ -23,6 +24,7 @@ mod options;
 mod place;
 mod probe;
 mod run;
+mod say;
 mod signals;
 mod size;
 mod specs;

@@ -4,6 +4,7 @@
 pub mod blk;
 pub mod demo;
 pub mod exits;
+pub mod life;
 pub mod net;
 pub mod paging;
 pub mod probe;
@@ -55,8 +56,11 @@ pub const WRITER: &[u8] = program!("writer");
 /// Uses a network card as it is told: DHCP, TCP in both directions, echo requests. See [`net`].
 pub const NET: &[u8] = program!("net");
 
+/// Counts, hashes memory, uses its devices, and notices when something of it is not as it left it. See [`life`].
+pub const LIFE: &[u8] = program!("life");
+
 /// All images with their names, for tests and lists.
-pub const ALL: [(&str, &[u8]); 10] = [
+pub const ALL: [(&str, &[u8]); 11] = [
     ("demo", DEMO),
     ("start", START),
     ("exits", EXITS),
@@ -67,6 +71,7 @@ pub const ALL: [(&str, &[u8]); 10] = [
     ("echo", ECHO),
     ("writer", WRITER),
     ("net", NET),
+    ("life", LIFE),
 ];
 
 /// Guest-physical address of the parameter block: the first 128 bytes of every image, sixteen little-endian 64-bit words.

@@ -40,7 +40,7 @@ fn the_pvh_note_points_into_the_loaded_image() {
 #[test]
 fn images_with_parameters_begin_with_their_block() {
     for (name, image) in
-        ALL.into_iter().filter(|(name, _)| ["start", "exits", "paging", "probe"].contains(name))
+        ALL.into_iter().filter(|(name, _)| ["start", "exits", "paging", "probe", "life"].contains(name))
     {
         let first = &elf::loads(image)[0];
         assert_eq!(first.phys, PARAMS, "{name}");

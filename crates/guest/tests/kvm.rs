@@ -6,7 +6,7 @@ mod common;
 use common::machine::{End, Machine, kvm};
 use freestone_guest::exits::{Command, Operation};
 use freestone_guest::{
-    DEMO, EXITS, PAGING, PARAMS, PROBE, REAL_MODE_HELLO, START, exits, paging, probe, start,
+    DEMO, EXITS, LIFE, PAGING, PARAMS, PROBE, REAL_MODE_HELLO, START, exits, life, paging, probe, start,
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -150,4 +150,62 @@ fn demo_on_a_machine_without_devices_says_what_failed_and_ends() {
     assert!(console.contains("  ok      memory: 16 pages"), "{console}");
     assert!(console.contains("  FAILED  acpi: there is no RSDP"), "{console}");
     assert!(console.contains("freestone guest: 2 checks passed, 4 failed"), "{console}");
+}
+
+#[test]
+fn life_on_a_machine_without_devices_counts_and_ends() {
+    let Some(kvm) = kvm() else { return };
+    let mut machine = Machine::pvh_with(&kvm, LIFE, "rounds=20 every=10");
+    assert_eq!(machine.run(), End::Reset);
+    let console = machine.console();
+    assert!(!machine.log.panicked, "{console}");
+    assert!(
+        console.starts_with("life begins memory=2048 disk=no vsock=no net=no cpus=1 timer=no"),
+        "{console}"
+    );
+    assert!(console.contains("\nlife 20 hash="), "{console}");
+    assert!(console.contains("\nlife done 20"), "{console}");
+}
+
+#[test]
+fn life_notices_a_bit_that_flipped_in_its_memory() {
+    let Some(kvm) = kvm() else { return };
+    let mut machine = Machine::pvh_with(&kvm, LIFE, "every=1");
+    machine.stop_at = Some("life 3 ");
+    assert_eq!(machine.run(), End::Asked);
+    let at = GuestAddress(3 << 20);
+    let byte: u8 = machine.memory.read_obj(at).unwrap();
+    machine.memory.write_obj(byte ^ 1, at).unwrap();
+    assert_eq!(machine.run(), End::Reset);
+    assert!(machine.log.panicked);
+    assert!(machine.console().contains("LIFE BAD memory in round"), "{}", machine.console());
+}
+
+#[test]
+fn life_has_the_same_hash_for_the_same_round() {
+    let Some(kvm) = kvm() else { return };
+    let hashes = || {
+        let mut machine = Machine::pvh_with(&kvm, LIFE, "rounds=4 every=2 memory=64");
+        assert_eq!(machine.run(), End::Reset);
+        let console = machine.console();
+        let words = console.split_ascii_whitespace().filter(|word| word.starts_with("hash="));
+        words.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let first = hashes();
+    assert_eq!(first.len(), 2);
+    assert_ne!(first[0], first[1]);
+    assert_eq!(hashes(), first);
+}
+
+#[test]
+fn life_in_its_short_mode_counts_without_a_gap() {
+    let Some(kvm) = kvm() else { return };
+    let mut machine = Machine::pvh(&kvm, LIFE);
+    machine.set_param(life::MODE, 1);
+    machine.set_param(life::PORT, u64::from(freestone_guest::DONE_PORT));
+    for n in 0..300u64 {
+        assert_eq!(machine.step(), Ok(n.to_le_bytes()[0]));
+        assert_eq!(machine.param(life::COUNT), n + 1);
+        assert_eq!(machine.param(life::CHECK), life::mix(n + 1));
+    }
 }

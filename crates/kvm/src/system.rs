@@ -98,6 +98,11 @@ impl Kvm {
             u32::try_from(khz).ok().filter(|&khz| khz > 0)
         })
     }
+
+    /// What KVM says of the capability `KVM_CAP_...` with this number (`KVM_CHECK_EXTENSION`): 0 if it does not have it.
+    pub fn capability(&self, number: u32) -> u32 {
+        u32::try_from(self.0.fd.check_extension_raw(number.into())).unwrap_or(0)
+    }
 }
 
 /// Opens the device and makes sure that it speaks the KVM API.

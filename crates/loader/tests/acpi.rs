@@ -6,7 +6,9 @@ mod common;
 use std::process::Command;
 
 use common::{MIB, bytes_at, le32, le64, memory};
-use freestone_loader::acpi::{AcpiConfig, AmlDevice, PciRoot, Power, Resource, Trigger, write_acpi};
+use freestone_loader::acpi::{
+    AcpiConfig, AmlDevice, GenerationId, PciRoot, Power, Resource, Trigger, write_acpi,
+};
 use freestone_memory::GuestMem;
 
 fn machine() -> AcpiConfig {
@@ -320,6 +322,42 @@ fn memory_too_small_for_the_tables_is_refused() {
     assert!(message.starts_with("cannot write ACPI tables"), "{message}");
 }
 
+fn with_events() -> AcpiConfig {
+    let generation_id = Some(GenerationId { address: 0x1_000d_f000, gsi: 9 });
+    AcpiConfig { generation_id, power_button: Some(20), ..machine() }
+}
+
+#[test]
+fn without_devices_that_tell_of_events_there_is_no_event_device() {
+    let dsdt = table(&machine(), "DSDT");
+    for name in ["GED0", "VGEN", "PWRB", "ACPI0013"] {
+        assert!(!dsdt.windows(name.len()).any(|w| w == name.as_bytes()), "{name}");
+    }
+}
+
+#[test]
+fn the_generation_id_says_where_it_is_by_the_names_that_drivers_look_for() {
+    let dsdt = table(&with_events(), "DSDT");
+    let at = dsdt.windows(4).position(|w| w == b"VGEN").unwrap();
+    let ids = b"\x08_HID\x0dFRST0001\0\x08_CID\x12\x1c\x02\x0dVM_Gen_Counter\0\x0dVMGENCTR\0";
+    assert_eq!(&dsdt[at + 4..at + 4 + ids.len()], ids);
+    // The low and the high half.
+    let address = b"\x08ADDR\x12\x08\x02\x0c\x00\xf0\x0d\x00\x01";
+    assert!(dsdt[at..].windows(address.len()).any(|w| w == address));
+}
+
+#[test]
+fn the_event_device_has_an_edge_triggered_interrupt_of_each_source_and_of_no_other() {
+    let interrupts = |config: &AcpiConfig| {
+        let dsdt = table(config, "DSDT");
+        let at = dsdt.windows(8).position(|w| w == b"ACPI0013").unwrap();
+        let descriptors = dsdt[at..].windows(9).filter(|w| w[..5] == [0x89, 6, 0, 0b0011, 1]);
+        descriptors.map(|w| le32(w, 5)).filter(|gsi| [9, 20].contains(gsi)).collect::<Vec<_>>()
+    };
+    assert_eq!(interrupts(&with_events()), [9, 20]);
+    assert_eq!(interrupts(&AcpiConfig { generation_id: None, ..with_events() }), [20]);
+}
+
 #[test]
 fn acpica_decompiles_and_recompiles_all_tables_without_complaint() {
     let name = "acpica_decompiles_and_recompiles_all_tables_without_complaint";
@@ -335,6 +373,8 @@ fn acpica_decompiles_and_recompiles_all_tables_without_complaint() {
     });
     let wide = PciRoot { ecam: 0xe010_0000, first_bus: 1, last_bus: 1, mmio_base: 1 << 40, ..ROOT };
     config.pci_roots = vec![ROOT, wide];
+    config.generation_id = with_events().generation_id;
+    config.power_button = with_events().power_button;
     let mem = memory(2 * MIB);
     let rsdp = write_acpi(&mem, &config).unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -355,6 +395,11 @@ fn acpica_decompiles_and_recompiles_all_tables_without_complaint() {
             assert!(source.contains("QWordMemory (ResourceConsumer"), "{source}");
             assert!(source.contains("WordIO (ResourceConsumer"), "{source}");
             assert!(source.contains("DWordMemory (ResourceProducer"), "{source}");
+            for case in
+                ["(Arg0 == 0x09)", "(Arg0 == 0x14)", "Notify (\\_SB.VGEN, 0x80)", "Notify (\\_SB.PWRB, 0x80)"]
+            {
+                assert!(source.contains(case), "{case}: {source}");
+            }
             assert!(source.contains("WordBusNumber (ResourceProducer"), "{source}");
         }
     }

@@ -25,6 +25,19 @@ pub enum Error {
         /// What is wrong with it, or what it must be.
         reason: String,
     },
+    /// Metadata larger than the store's limit.
+    #[cfg(feature = "mmds")]
+    #[error("metadata of {size} bytes: at most {limit} are stored")]
+    MetadataTooLarge {
+        /// Bytes as JSON without spaces.
+        size: usize,
+        /// Most bytes.
+        limit: usize,
+    },
+    /// Metadata that is to be changed and that nobody has put yet.
+    #[cfg(feature = "mmds")]
+    #[error("cannot change the metadata: there is none yet")]
+    NoMetadata,
 }
 
 impl Error {

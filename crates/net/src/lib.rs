@@ -11,6 +11,8 @@ mod header;
 mod mac;
 mod port;
 
+#[cfg(feature = "mmds")]
+pub mod mmds;
 #[cfg(feature = "nat")]
 pub mod nat;
 #[cfg(feature = "pcap")]

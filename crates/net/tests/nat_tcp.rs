@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use freestone_net::nat::{Nat, NatConfig};
 use freestone_net::{Offloads, Port};
-use guest::{DEADLINE, Guest, by_gateway, pattern};
+use guest::{DEADLINE, Guest, Link, by_gateway, pattern};
 use smoltcp::socket::tcp::State;
 
 fn guest(receive: Offloads) -> Guest {
@@ -325,4 +325,28 @@ fn connections_outlive_the_endpoint_and_end_with_a_reset() {
     guest.nat.reset();
     assert_eq!(guest.handle.flows().unwrap(), []);
     assert_eq!(server.join().unwrap(), ErrorKind::ConnectionReset);
+}
+
+/// As when a machine is restored from a snapshot: what its network knew of connections is gone.
+#[test]
+fn a_machine_in_a_new_network_finds_its_connections_reset_and_opens_new_ones() {
+    let (addr, old) = serve("127.0.0.1:0", |mut stream| stream.read(&mut [0; 16]).unwrap_or(0));
+    let mut guest = guest(Offloads::empty());
+    let socket = guest.connected(by_gateway(addr));
+    guest.link.close();
+    let mut nat = Nat::new(NatConfig::default()).unwrap();
+    guest.link = Link::new(&mut nat, Offloads::empty());
+    guest.handle = nat.handle();
+    guest.nat = nat;
+    assert_eq!(old.join().unwrap(), 0, "the host's side of the old connection is closed");
+    guest.socket(socket).send_slice(b"still there?").unwrap();
+    guest.until("reset", |guest| (guest.socket(socket).state() == State::Closed).then_some(()));
+    let (addr, new) = serve("127.0.0.1:0", |mut stream| {
+        let mut data = [0; 5];
+        stream.read_exact(&mut data).unwrap();
+        stream.write_all(&data).unwrap();
+    });
+    let socket = guest.connected(by_gateway(addr));
+    assert_eq!(guest.exchange(socket, b"again", 5), b"again");
+    new.join().unwrap();
 }

@@ -4,7 +4,9 @@
 pub mod conformance;
 pub mod driver;
 mod error;
+pub mod footprint;
 pub mod hostile;
+pub mod life;
 mod log;
 mod msi;
 pub mod scripted;

@@ -50,6 +50,27 @@ pub enum Error {
         /// The largest value.
         limit: u64,
     },
+    /// A CPU template that makes no sense, or not on this host.
+    #[error("CPU template: {what} {value:?}: {reason}")]
+    Template {
+        /// What part of it.
+        what: &'static str,
+        /// As it was given.
+        value: String,
+        /// What is wrong with it, or what it must be.
+        reason: &'static str,
+    },
+    /// The hypervisor does not have a register of a CPU template, or not with that value.
+    #[error("CPU template: cannot {op} MSR {index:#x}")]
+    TemplateMsr {
+        /// What was being done.
+        op: &'static str,
+        /// Number of the register.
+        index: u32,
+        /// The hypervisor's reason.
+        #[source]
+        source: freestone_hypervisor::Error,
+    },
     /// A vCPU did not acknowledge a request in time.
     #[error("vCPU {index} did not {what} within {waited:?}")]
     Timeout {

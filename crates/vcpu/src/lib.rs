@@ -12,6 +12,7 @@ pub mod msr;
 mod run;
 pub mod state;
 pub mod stats;
+pub mod template;
 mod thread;
 
 pub use boot::{BootState, configure_boot};
@@ -23,4 +24,5 @@ pub use error::{Error, Result};
 pub use run::{ACK_TIMEOUT, Control, Outcome, RunLoop, State, Turn};
 pub use state::{VcpuSection, VmSection};
 pub use stats::{ExitStats, NoObserver, Observer};
+pub use template::CpuTemplate;
 pub use thread::{Ended, VcpuThread, spawn_vcpu};

@@ -9,6 +9,7 @@ use std::error::Error;
 
 use freestone_bus::Device;
 use freestone_memory::{Bytes, GuestAddress, GuestMem};
+use freestone_snapshot::{Restoring, Saving};
 use freestone_testkit::TestWiring;
 use freestone_testkit::driver::{Arena, Buffer, DriverQueue, MmioDriver};
 use freestone_virtio::{
@@ -61,6 +62,15 @@ impl VirtioDevice for CapitalsDevice {
         let Resources { mem, queues, control, .. } = resources;
         let worker = |queue| QueueWorker::new(mem.clone(), queue, control.clone(), Capitals);
         Ok(queues.into_iter().map(|queue| Box::new(worker(queue)) as Box<dyn Worker>).collect())
+    }
+
+    /// Nothing is remembered between two requests; queues and features are the transport's to save.
+    fn save(&self, _state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        Ok(())
+    }
+
+    fn restore(&mut self, _features: u64, _state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        Ok(())
     }
 }
 

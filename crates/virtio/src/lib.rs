@@ -39,21 +39,23 @@ pub mod vsock;
 mod worker;
 
 #[cfg(feature = "balloon")]
-pub use balloon::{Balloon, BalloonConfig, BalloonCounts, BalloonHandle, BalloonStatistics};
+pub use balloon::{
+    Balloon, BalloonConfig, BalloonCounts, BalloonHandle, BalloonStatistics, HintRun, HintingStatus,
+};
 #[cfg(feature = "blk")]
 pub use blk::{BlkCounts, BlkStats, Block, BlockConfig, BlockHandle};
 pub use control::DeviceControl;
 pub use device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 pub use error::{Error, Result};
 #[cfg(feature = "mem")]
-pub use mem::{Mem, MemConfig, MemHandle};
+pub use mem::{Mem, MemConfig, MemHandle, MemStatus};
 pub use mmio::{MmioTransport, MmioWiring, VirtioMmioPlug};
 #[cfg(feature = "net")]
 pub use net::{Net, NetConfig, NetCounts, NetHandle, NetStats};
 pub use pci::{PciTransport, PciWiring, VirtioPciPlug};
 pub use plug::{Transport, VirtioPlug};
 #[cfg(feature = "pmem")]
-pub use pmem::{Pmem, PmemConfig, PmemCounts, PmemStats};
+pub use pmem::{Pmem, PmemConfig, PmemCounts, PmemHandle, PmemStats};
 pub use queue::{
     AttachedQueue, Chain, ChainBuffers, QueueConfig, QueueState, RingPosition, RingState, SpareBuffers,
     VirtQueue,

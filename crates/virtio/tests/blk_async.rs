@@ -255,6 +255,33 @@ fn a_reset_waits_until_the_engine_lets_go_of_guest_memory() {
 }
 
 #[test]
+fn requests_under_way_end_on_the_image_they_began_on_when_it_is_replaced() {
+    let (first, second) = (HandImage::new(100), HandImage::sync(100));
+    let device = Block::new(first.clone(), config());
+    let handle = device.handle();
+    let mut machine = Machine::new(device);
+    machine.start(u64::MAX);
+    machine.ring.write(data(0), 0xAAAA_u64);
+    offer(&mut machine, 0, OUT);
+    machine.run();
+    handle.replace(second.clone()).unwrap();
+    offer(&mut machine, 1, OUT);
+    thread::scope(|scope| {
+        let step = scope.spawn(|| machine.run());
+        while first.waits.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
+        assert!(second.done().is_empty(), "the first image still has work");
+        first.release(0);
+        step.join().unwrap();
+    });
+    machine.run();
+    let writes = |image: &HandImage| image.done().iter().filter(|a| matches!(a, Asked::Write(..))).count();
+    assert_eq!((writes(&first), writes(&second)), (1, 1));
+    assert_eq!((status(&machine, 0), status(&machine, 1)), (OK, OK));
+}
+
+#[test]
 fn a_queue_that_is_disabled_gets_its_requests_back_first() {
     let image = HandImage::new(100);
     let mut machine = started(&image, config());

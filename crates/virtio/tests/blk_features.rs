@@ -551,3 +551,61 @@ fn the_timer_wakes_a_throttled_worker_without_a_kick() {
     handle.wake().unwrap();
     worker.join().unwrap();
 }
+
+// Another image.
+
+#[test]
+fn another_image_takes_the_place_of_the_first_and_the_driver_is_told_of_its_capacity() {
+    let (first, second) = (HandImage::sync(10), HandImage::sync(20));
+    let device = Block::new(first.clone(), config());
+    let handle = device.handle();
+    let mut machine = Machine::new(device);
+    machine.start(u64::MAX);
+    machine.ring.write(DATA, 0x1111_u64);
+    assert_eq!(machine.block_request(OUT, 3, &[(DATA, 512, false)]).0, OK);
+    machine.write(reg::INTERRUPT_ACK, 1);
+    let old = handle.replace(second.clone()).unwrap();
+    assert_eq!((freestone_block::Image::size(&*old), config_u32(&machine, 0)), (10 * 512, 20));
+    assert_eq!(machine.read(reg::INTERRUPT_STATUS), 2);
+    machine.ring.write(DATA, 0x2222_u64);
+    assert_eq!(machine.block_request(OUT, 15, &[(DATA, 512, false)]).0, OK);
+    assert_eq!((first.sector(3)[0], second.sector(3)[0], second.sector(15)[0]), (0x11, 3, 0x22));
+    assert!(first.done().iter().any(|asked| matches!(asked, Asked::Flush)), "nobody would flush it later");
+    drop(old);
+    assert_eq!(Arc::strong_count(&first), 1, "the device let it go");
+}
+
+#[test]
+fn an_image_that_cannot_do_what_the_disk_offers_is_refused() {
+    let device = Block::new(HandImage::sync(10), config());
+    let handle = device.handle();
+    let read_only = common::TestImage::with(10, true);
+    assert!(handle.replace(read_only).unwrap_err().to_string().contains("read-only"));
+    let plain = common::TestImage::new(10);
+    assert!(handle.replace(plain.clone()).unwrap_err().to_string().contains("discard"));
+    let other = Block::new(plain, config().logical_block(4096));
+    let small = common::TestImage::new(1);
+    assert!(other.handle().replace(small).is_err());
+}
+
+#[test]
+fn a_read_only_disk_takes_any_image_and_stays_read_only() {
+    let device = Block::new(common::TestImage::with(10, true), config());
+    let handle = device.handle();
+    let mut machine = Machine::new(device);
+    machine.start(u64::MAX);
+    handle.replace(common::TestImage::new(10)).unwrap();
+    assert_eq!(machine.block_request(OUT, 0, &[(DATA, 512, false)]).0, IOERR);
+    assert_eq!(machine.block_request(IN, 0, &[(DATA, 512, true)]).0, OK);
+}
+
+#[test]
+fn an_image_that_is_replaced_while_nothing_works_is_there_when_it_works_again() {
+    let device = Block::new(HandImage::sync(10), config());
+    let handle = device.handle();
+    let mut machine = Machine::new(device);
+    handle.replace(HandImage::sync(30)).unwrap();
+    machine.start(u64::MAX);
+    assert_eq!(config_u32(&machine, 0), 30);
+    assert_eq!(machine.block_request(IN, 29, &[(DATA, 512, true)]).0, OK);
+}

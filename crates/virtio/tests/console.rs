@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex};
 
 use freestone_bus::Device;
 use freestone_memory::{Bytes, GuestAddress, GuestMem};
+use freestone_snapshot::{Arch, Header, State};
 use freestone_testkit::TestWiring;
-use freestone_testkit::driver::{Arena, Buffer, DriverQueue, MmioDriver};
+use freestone_testkit::driver::{Arena, Buffer, DriverQueue, DriverTransport, MmioDriver};
 use freestone_virtio::VirtioMmioPlug;
 use freestone_virtio::console::{
     Console, ConsoleHandle, Port, PortInput, PortOutput, ReadInput, Size, feature,
@@ -85,6 +86,24 @@ impl Machine {
             .map(|index| self.driver.setup_queue(&self.mem, &mut self.arena, index, 16).unwrap())
             .collect();
         self.driver.driver_ok().unwrap();
+    }
+
+    /// The console saves itself and goes on as another one, made of these ports, in another machine with the same memory. Before
+    /// it does, `change` is done to it.
+    fn move_on(&mut self, ports: Vec<Port>, change: impl FnOnce(&ConsoleHandle)) {
+        self.device.pause().unwrap();
+        let mut state = State::new();
+        self.device.save(&mut state.of("console")).unwrap();
+        let console = Console::new(ports).unwrap();
+        self.handle = console.handle();
+        change(&self.handle);
+        self.wiring = TestWiring::new(self.mem.clone());
+        self.device = self.wiring.plug(VirtioMmioPlug::new(console, "console")).unwrap();
+        self.driver = self.driver.follow(&self.wiring).unwrap();
+        let header = Header::new(Arch::host(), "tests").unwrap();
+        self.device.restore(&mut state.into_sections(header).of("console")).unwrap();
+        self.device.resume().unwrap();
+        self.wiring.run_work(100);
     }
 
     fn send(&mut self, queue: usize, bytes: &[u8]) {
@@ -321,4 +340,87 @@ fn a_console_needs_a_port_and_takes_31_at_most() {
     let many = |n| (0..n).map(|i| Port::named(format!("p{i}"))).collect();
     assert!(Console::new(many(31)).is_ok());
     assert!(Console::new(many(32)).is_err());
+}
+
+#[test]
+fn bytes_that_the_host_has_not_taken_are_saved() {
+    let (before, after) = (Sink::with_room(3), Sink::with_room(2));
+    let mut machine = Machine::started(vec![Port::console().output(before.clone())], 0);
+    machine.send(1, b"abcdef");
+    machine.move_on(vec![Port::console().output(after.clone())], |_| {});
+    assert_eq!((before.text(), after.text()), ("abc".to_owned(), "de".to_owned()));
+    after.make_room(100);
+    machine.send(1, b"ghi");
+    assert_eq!(after.text(), "defghi");
+}
+
+#[test]
+fn bytes_that_the_guest_has_not_taken_are_saved() {
+    let (mut host, input) = pair();
+    let mut machine = Machine::started(vec![Port::console().input(input)], 0);
+    let first = machine.offer(0, 1, 3);
+    io::Write::write_all(&mut host, b"abcdef").unwrap();
+    machine.kick(0);
+    assert_eq!(machine.received(0, &first).concat(), b"abc");
+    machine.move_on(vec![Port::console()], |_| {});
+    let next = machine.offer(0, 1, 64);
+    assert_eq!(machine.received(0, &next).concat(), b"def");
+}
+
+#[test]
+fn messages_that_wait_and_what_is_known_of_the_ports_are_saved() {
+    let ports = || vec![Port::console(), Port::named("agent")];
+    let mut machine = Machine::started(ports(), feature::MULTIPORT);
+    machine.control(0, 0, 1);
+    machine.control(1, 3, 1);
+    machine.control(1, 6, 1);
+    machine.move_on(ports(), |_| {});
+    assert!(machine.handle.guest_open(1) && !machine.handle.guest_open(0));
+    let buffers = machine.offer(2, 16, 64);
+    let messages: Vec<_> = machine.received(2, &buffers).iter().map(|bytes| message(bytes)).collect();
+    let events: Vec<_> = messages.iter().map(|(id, event, ..)| (*id, *event)).collect();
+    assert_eq!(events, [(0, 1), (1, 1), (1, 7), (1, 6)]);
+}
+
+#[test]
+fn the_driver_is_told_that_an_end_is_closed_and_a_size_is_another_in_the_new_machine() {
+    let ports = || vec![Port::console(), Port::named("agent")];
+    let mut machine = Machine::started(ports(), feature::MULTIPORT);
+    machine.control(1, 3, 1);
+    let first = machine.offer(2, 8, 64);
+    assert!(!machine.received(2, &first).is_empty());
+    machine.move_on(ports(), |handle| {
+        handle.set_open(1, false).unwrap();
+        handle.resize(Size { cols: 132, rows: 43 }).unwrap();
+    });
+    let next = machine.offer(2, 4, 64);
+    let buffers = [first, next].concat();
+    let messages: Vec<_> = machine.received(2, &buffers).iter().map(|bytes| message(bytes)).collect();
+    assert_eq!(messages, [(1, 6, 0, vec![]), (0, 5, 0, vec![132, 0, 43, 0])]);
+}
+
+#[test]
+fn a_size_that_nobody_set_is_that_of_before_and_another_is_told_of() {
+    let mut machine = Machine::started(vec![Port::console()], feature::SIZE);
+    machine.handle.resize(Size { cols: 100, rows: 30 }).unwrap();
+    machine.move_on(vec![Port::console()], |_| {});
+    let mut size = [0; 4];
+    machine.driver.read_config(0, &mut size).unwrap();
+    assert_eq!(size, [100, 0, 30, 0]);
+    let before = machine.driver.transport().config_generation().unwrap();
+    machine.move_on(vec![Port::console()], |handle| handle.resize(Size { cols: 90, rows: 20 }).unwrap());
+    machine.driver.read_config(0, &mut size).unwrap();
+    assert_eq!(size, [90, 0, 20, 0]);
+    assert_ne!(machine.driver.transport().config_generation().unwrap(), before);
+}
+
+#[test]
+fn ports_of_another_name_are_refused() {
+    let mut machine = Machine::new(vec![Port::console(), Port::named("agent")]);
+    let mut state = State::new();
+    machine.device.save(&mut state.of("console")).unwrap();
+    let mut other = Machine::new(vec![Port::console(), Port::named("other")]);
+    let header = Header::new(Arch::host(), "tests").unwrap();
+    let error = other.device.restore(&mut state.into_sections(header).of("console")).unwrap_err();
+    assert!(error.to_string().contains("name or kind of port 0x1"), "{error}");
 }

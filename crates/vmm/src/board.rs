@@ -101,6 +101,14 @@ fn device_memory(memory: &GuestMem, phys_bits: u8) -> Option<AddressAllocator> {
     AddressAllocator::new(start, end.checked_sub(start)?).ok()
 }
 
+impl Drop for Board {
+    fn drop(&mut self) {
+        // The PCI root is in a space that it holds.
+        self.pio.clear();
+        self.mmio.clear();
+    }
+}
+
 impl Wiring for Board {
     fn memory(&self) -> GuestMem {
         self.memory.clone()

@@ -8,7 +8,7 @@ use freestone_hypervisor::x86::CpuidLeaf;
 use freestone_hypervisor::{CpuState, Hypervisor, MapFlags, Vm};
 use freestone_loader::{Entry, acpi};
 use freestone_memory::GuestMem;
-use freestone_vcpu::{BootState, CpuidConfig, configure_boot, cpuid, lapic, msr};
+use freestone_vcpu::{BootState, CpuTemplate, CpuidConfig, configure_boot, cpuid, lapic, msr};
 
 use crate::board::{Board, Supply};
 use crate::exit::Shared;
@@ -31,7 +31,17 @@ pub struct MachineBuilder<'h, H: Hypervisor> {
     payload: Option<Payload>,
     irq_chip: bool,
     stats: bool,
+    cpu_changes: CpuChanges,
 }
+
+/// What is changed in what CPUID and MSRs tell the guest.
+#[derive(Default)]
+struct CpuChanges {
+    filter: Option<CpuidFilter>,
+    template: CpuTemplate,
+}
+
+type CpuidFilter = Box<dyn Fn(&CpuidConfig, &mut Vec<CpuidLeaf>) + Send>;
 
 impl<'h, H: Hypervisor> MachineBuilder<'h, H> {
     /// A machine of one vCPU and no devices.
@@ -44,6 +54,7 @@ impl<'h, H: Hypervisor> MachineBuilder<'h, H> {
             payload: None,
             irq_chip: true,
             stats: false,
+            cpu_changes: CpuChanges::default(),
         }
     }
 
@@ -83,6 +94,22 @@ impl<'h, H: Hypervisor> MachineBuilder<'h, H> {
         self
     }
 
+    /// Changes what CPUID says and model-specific registers, after everything else.
+    pub fn cpu_template(mut self, template: CpuTemplate) -> Self {
+        self.cpu_changes.template = template;
+        self
+    }
+
+    /// Lets `filter` change what CPUID tells each vCPU, after [`cpuid::filter`] and before the template. Leaves must stay sorted by
+    /// function and index.
+    pub fn cpuid_filter(
+        mut self,
+        filter: impl Fn(&CpuidConfig, &mut Vec<CpuidLeaf>) + Send + 'static,
+    ) -> Self {
+        self.cpu_changes.filter = Some(Box::new(filter));
+        self
+    }
+
     /// Makes the machine: memory, interrupt controller, devices, firmware tables, payload, vCPUs. Nothing runs yet.
     ///
     /// # Errors
@@ -90,6 +117,7 @@ impl<'h, H: Hypervisor> MachineBuilder<'h, H> {
     pub fn build(mut self) -> Result<Machine<H>> {
         let payload = self.payload.take().ok_or(Error::NoPayload)?;
         let (cpus, stats) = (self.cpus, self.stats);
+        let cpu_changes = std::mem::take(&mut self.cpu_changes);
         let host = self.hypervisor.supported_cpuid()?;
         let Assembly { vm, memory, board, inventory, event_loop, shared } =
             self.assemble(cpuid::physical_address_bits(&host))?;
@@ -103,7 +131,7 @@ impl<'h, H: Hypervisor> MachineBuilder<'h, H> {
         let parameters = firmware::kernel_parameters(&board.descriptions);
         let entry = payload.load(&memory, rsdp, &parameters)?;
 
-        let mut vcpus = create_vcpus(&vm, &host, cpus, board.has_irq_chip())?;
+        let mut vcpus = create_vcpus(&vm, &host, cpus, board.has_irq_chip(), &cpu_changes)?;
         if let Some(first) = vcpus.first_mut() {
             configure_boot(first, &memory, &boot_state(&entry))?;
         }
@@ -165,16 +193,29 @@ fn plug_in(board: &mut Board, plugs: Vec<Box<dyn Plug>>) -> Result<Inventory> {
 }
 
 /// The vCPUs with all that does not depend on the payload.
-fn create_vcpus<V: Vm>(vm: &V, host: &[CpuidLeaf], cpus: u32, irq_chip: bool) -> Result<Vec<V::Vcpu>> {
+fn create_vcpus<V: Vm>(
+    vm: &V,
+    host: &[CpuidLeaf],
+    cpus: u32,
+    irq_chip: bool,
+    changes: &CpuChanges,
+) -> Result<Vec<V::Vcpu>> {
+    changes.template.check()?;
     let mut vcpus = Vec::new();
     for index in 0..cpus {
         let mut vcpu = vm.create_vcpu(index)?;
         let config = CpuidConfig { lapic: irq_chip, ..CpuidConfig::new(cpus, index) };
-        vcpu.set_cpuid(&cpuid::filter(host, &config))?;
+        let mut leaves = cpuid::filter(host, &config);
+        if let Some(filter) = &changes.filter {
+            filter(&config, &mut leaves);
+        }
+        changes.template.apply_cpuid(&mut leaves, host)?;
+        vcpu.set_cpuid(&leaves)?;
         let refused = msr::configure_msrs(&mut vcpu)?;
         if !refused.is_empty() {
             tracing::debug!(vcpu = index, ?refused, "the hypervisor does not take these MSRs");
         }
+        changes.template.apply_msrs(&mut vcpu)?;
         if irq_chip {
             lapic::configure_lints(&mut vcpu)?;
         }

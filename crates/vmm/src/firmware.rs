@@ -85,6 +85,8 @@ mod tests {
             FixedHardware::Sleep { control: 0x600, status: 0x601, s5_type: 5 },
             FixedHardware::Reset { port: 0x602, value: 1 },
             FixedHardware::CmosRtc { century: 0 },
+            FixedHardware::GenerationId { address: 0xd_f000, gsi: 5 },
+            FixedHardware::PowerButton { gsi: 6 },
             FixedHardware::PciRoot {
                 ecam: 0xe000_0000,
                 first_bus: 0,
@@ -98,6 +100,8 @@ mod tests {
         assert_eq!((config.power.sleep_control, config.power.reset), (0x600, Some((0x602, 1))));
         assert!(config.has_cmos && !config.has_i8042);
         assert_eq!(config.cmos_century, None);
+        assert_eq!(config.generation_id, Some(GenerationId { address: 0xd_f000, gsi: 5 }));
+        assert_eq!(config.power_button, Some(6));
         let root = PciRoot {
             ecam: 0xe000_0000,
             first_bus: 0,

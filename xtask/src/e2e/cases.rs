@@ -22,7 +22,7 @@ const fn linux(
 }
 
 /// A shell script that must end with `status`.
-const fn script(
+pub const fn script(
     name: &'static str,
     script: &'static str,
     status: i32,
@@ -58,6 +58,7 @@ pub fn all() -> Vec<Case> {
     ];
     cases.extend(super::devices::all());
     cases.extend(super::net::all());
+    cases.extend(super::lifecycle::all());
     cases.extend(bad_input());
     cases
 }

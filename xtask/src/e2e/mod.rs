@@ -5,6 +5,7 @@
 
 mod cases;
 mod devices;
+mod lifecycle;
 mod net;
 
 use std::collections::VecDeque;
@@ -49,7 +50,8 @@ pub enum Disk {
 pub enum Job {
     /// A Linux guest with a root disk, or without: then the devices' script is its first program.
     Linux(Linux),
-    /// A shell script on the machine. In it, `$VMM`, `$KERNEL` and `$INITRD` are paths, and the current directory is empty.
+    /// A shell script on the machine. In it, `$VMM`, `$TOOL` (this program), `$KERNEL`, `$INITRD` and `$TOOLS` are paths, `$MOMENTS`
+    /// is what the environment says of [`lifecycle`], and the current directory is empty.
     Script(&'static str),
 }
 
@@ -268,6 +270,9 @@ fn work(
 
 /// What a case needs and this system does not have, where that is no failure.
 fn lacking(machine: &Machine, case: &Case) -> Option<&'static str> {
+    if let Some(why) = lifecycle::lacking(machine, case) {
+        return Some(why);
+    }
     let needed = matches!(case.job, Job::Linux(linux) if linux.setup.contains("$PASST"));
     let lacks = needed && machine.passt().is_none() && !crate::test::is_e2e_required();
     lacks.then_some("this system's packages have no passt")
@@ -350,10 +355,11 @@ fn command_line(machine: &Machine, case: &Case, kernel_log: bool, dir: &str) -> 
         Job::Script(script) => {
             let (vmm, kernel) = (machine.vmm(), machine.asset(Asset::BzImage));
             let initrd = machine.asset(Asset::Initramfs);
-            let tool = machine.tool();
-            let script = format!(
-                "cd '{dir}'; export VMM='{vmm}' KERNEL='{kernel}' INITRD='{initrd}' TOOL='{tool}'\n{script}"
-            );
+            let (tool, tools) = (machine.tool(), machine.asset(Asset::Tools));
+            let names =
+                format!("VMM='{vmm}' KERNEL='{kernel}' INITRD='{initrd}' TOOL='{tool}' TOOLS='{tools}'");
+            let moments = std::env::var(lifecycle::MOMENTS).unwrap_or_default();
+            let script = format!("cd '{dir}'; export {names}\nMOMENTS='{moments}'\n{script}");
             return Ok(["sh", "-c", &script].map(str::to_owned).into());
         }
     };

@@ -191,9 +191,19 @@ shrunk() {
 	dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null && say "still reads"
 }
 
+# Lives until it is told to end; what it does is in the program.
+life() {
+	try test -b /dev/vda
+	mkfs.ext4 -q -E nodiscard /dev/vda || say "mkfs failed"
+	mount -t ext4 /dev/vda /mnt || say "mount failed"
+	lease eth0
+	tool life guest --dir /mnt --vsock 5000 --tcp "10.0.2.2:$ECHO"
+	umount /mnt && say "unmounted"
+}
+
 say "up $(uname -r) cpus=$(nproc) transport=$(ls /sys/bus/virtio/devices/virtio0/device/driver -d 2>/dev/null | wc -l) $(ls /sys/bus/pci/devices 2>/dev/null | wc -l) pci"
 case $scenario in
-filesystem | zeroing | load | resize | rng | balloon | memory | pmem | errors | shrunk) $scenario ;;
+filesystem | zeroing | load | resize | rng | balloon | memory | pmem | errors | shrunk | life) $scenario ;;
 vsock) tool vsock guest 32 ;;
 classic) classic ;;
 net_*) $scenario ;;

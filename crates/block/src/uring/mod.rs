@@ -7,7 +7,7 @@ mod ring;
 mod slot;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use freestone_memory::io::read_vectored_at_nowait;
@@ -159,5 +159,9 @@ impl IoQueue for UringQueue {
 
     fn completion_source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
         Some(self.ring.event())
+    }
+
+    fn notify_by(&mut self, event: BorrowedFd<'_>) -> io::Result<()> {
+        self.ring.set_event(event.try_clone_to_owned()?)
     }
 }

@@ -106,6 +106,17 @@ impl Ring {
         Arc::clone(&self.event)
     }
 
+    /// Makes this eventfd readable instead.
+    pub(super) fn set_event(&mut self, event: OwnedFd) -> io::Result<()> {
+        let submitter = self.ring.submitter();
+        submitter.unregister_eventfd()?;
+        submitter.register_eventfd(event.as_raw_fd())?;
+        self.event = Arc::new(event);
+        // What completed in between was told nobody.
+        let _ = rustix::io::write(&*self.event, &1u64.to_ne_bytes());
+        Ok(())
+    }
+
     /// Queues a request on guest memory, the first `done` bytes of which are done.
     ///
     /// # Errors

@@ -8,6 +8,7 @@
 //! gathered up to a line, or to the end of the delay so that a prompt without a newline shows at once to a person. A port whose work nobody drives writes each byte by itself.
 
 mod escape;
+mod file;
 mod input;
 mod plug;
 mod sink;
@@ -30,6 +31,7 @@ use crate::state::SerialState;
 use crate::{Error, Result, isa};
 
 pub use self::escape::{ESCAPE_HELP, EscapeAction, EscapeFilter, Escaped};
+pub use self::file::{OutputLimit, SerialFile};
 pub use self::input::{InputFilter, SerialInput};
 pub use self::plug::{COM1_GSI, COM1_PORT, COM2_GSI, COM2_PORT, SerialPlug};
 

@@ -9,7 +9,7 @@ use super::args::Ps;
 use crate::control::{Request, ask_with};
 use crate::failure::Failure;
 use crate::names::{Entry, Life, Runtime};
-use crate::size;
+use crate::{say, size};
 
 /// How long a machine may take to tell what it does.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -19,12 +19,12 @@ pub(crate) fn ps(args: &Ps) -> Result<ExitCode, Failure> {
     let entries = Runtime::find().entries()?;
     let rows: Vec<_> = entries.iter().map(row).filter(|row| args.all || !row["pid"].is_null()).collect();
     if args.json {
-        println!("{}", Value::Array(rows));
+        say::line(Value::Array(rows))?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut table = vec![["NAME", "STATE", "PID", "VCPUS", "MEMORY", "UPTIME", "PORTS"].map(str::to_owned)];
     table.extend(rows.iter().map(cells));
-    print!("{}", aligned(&table));
+    say::print(aligned(&table))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -13,7 +13,7 @@ use super::process::{self, Memory, Thread};
 use crate::control::{Request, ask_with};
 use crate::failure::Failure;
 use crate::names::{Entry, Runtime};
-use crate::size;
+use crate::{say, size};
 
 /// How long a machine may take to answer.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -222,9 +222,9 @@ pub(crate) fn stats(args: &StatsArgs) -> Result<ExitCode, Failure> {
         Sample::take(&entry)?.since(Some(&first))
     };
     if args.json {
-        println!("{}", serde_json::to_string(&rates)?);
+        say::line(serde_json::to_string(&rates)?)?;
     } else {
-        print!("{}", describe(&rates));
+        say::print(describe(&rates))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -50,6 +50,23 @@ pub fn timer(index: u32, ticks: u32) {
     local(0x380).write(ticks);
 }
 
+/// Sends a timer interrupt at vector `32 + index` every `ticks` of the timer.
+pub fn periodic(index: u32, ticks: u32) {
+    local(0x320).write(1 << 17 | (VECTORS + index));
+    local(0x380).write(ticks);
+}
+
+/// Sends an interrupt at vector `32 + index` to another processor.
+pub fn send(id: u32, index: u32) {
+    local(0x310).write(id << 24);
+    local(0x300).write(0x4000 | (VECTORS + index));
+}
+
+/// Whether there is a local APIC.
+pub fn is_there() -> bool {
+    !matches!(local(0x30).read(), 0 | u32::MAX)
+}
+
 /// Ends the program, in about ten seconds, unless called again. Replaces a timer that is running.
 pub fn watchdog() {
     timer(WATCHDOG, 78_000_000);

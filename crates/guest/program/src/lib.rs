@@ -19,6 +19,8 @@ pub mod phys;
 pub mod port;
 pub mod pvh;
 pub mod registers;
+pub mod ring;
+pub mod smp;
 pub mod virtio;
 
 /// Makes `$main`, an `extern "C" fn(start_info: u64) -> !`, the program of this image.

@@ -10,6 +10,7 @@ use super::elf;
 pub const MEMORY: usize = 16 << 20;
 const START_INFO: u64 = 0x6000;
 const MEMORY_MAP: u64 = 0x7000;
+const COMMAND_LINE: u64 = 0x8000;
 const EXIT_LIMIT: usize = 100_000;
 
 /// How a run ended.
@@ -23,6 +24,8 @@ pub enum End {
     Halt,
     /// `KVM_RUN` could not emulate an instruction.
     InternalError,
+    /// The console has what was waited for.
+    Asked,
 }
 
 /// What the guest did so far.
@@ -43,6 +46,8 @@ pub struct Machine {
     _vm: VmFd,
     pub memory: GuestMemoryMmap,
     pub log: Log,
+    /// Ends a run when the console has it, once.
+    pub stop_at: Option<&'static str>,
 }
 
 /// None, with a message, where there is no /dev/kvm.
@@ -70,7 +75,7 @@ impl Machine {
             entry.eax &= !(1 << 7 | 1 << 11 | 1 << 13);
         }
         vcpu.set_cpuid2(&cpuid).unwrap();
-        Self { vcpu, _vm: vm, memory, log: Log::default() }
+        Self { vcpu, _vm: vm, memory, log: Log::default(), stop_at: None }
     }
 
     /// An ELF image in the state that PVH asks for, with a start info that says `MEMORY` bytes.
@@ -113,6 +118,14 @@ impl Machine {
         machine
     }
 
+    /// As [`Machine::pvh`], with a command line.
+    pub fn pvh_with(kvm: &Kvm, image: &[u8], command_line: &str) -> Self {
+        let machine = Self::pvh(kvm, image);
+        machine.memory.write_slice(command_line.as_bytes(), GuestAddress(COMMAND_LINE)).unwrap();
+        machine.memory.write_obj(COMMAND_LINE, GuestAddress(START_INFO + 24)).unwrap();
+        machine
+    }
+
     /// A flat image in real mode.
     pub fn real_mode(kvm: &Kvm, image: &[u8], at: u16) -> Self {
         let machine = Self::empty(kvm);
@@ -147,7 +160,13 @@ impl Machine {
                 }
                 VcpuExit::IoOut(0x64, &[0xFE]) => return Err(End::Reset),
                 VcpuExit::IoOut(0x505, &[1]) => self.log.panicked = true,
-                VcpuExit::IoOut(0x3F8, data) => self.log.console.extend_from_slice(data),
+                VcpuExit::IoOut(0x3F8, data) => {
+                    self.log.console.extend_from_slice(data);
+                    if self.stop_at.is_some_and(|text| self.console().contains(text)) {
+                        self.stop_at = None;
+                        return Err(End::Asked);
+                    }
+                }
                 VcpuExit::IoOut(_, data) => self.log.out_bytes += data.len(),
                 VcpuExit::IoIn(_, data) => {
                     self.log.ins += 1;

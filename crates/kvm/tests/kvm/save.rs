@@ -402,6 +402,39 @@ fn counter_goes_forward_and_those_of_two_vcpus_agree_after_the_move() {
     assert!(first <= second && second <= third, "{first} {second} {third}");
 }
 
+#[test]
+fn guest_with_kvmclock_is_told_that_it_was_paused() {
+    const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
+    const TIME: u64 = 0x3000;
+    /// Offset of the flags in `struct pvclock_vcpu_time_info`, and "the host has paused the guest" in them.
+    const FLAGS: u64 = 29;
+    const GUEST_STOPPED: u8 = 2;
+    let Some(kvm) = kvm("guest_with_kvmclock_is_told_that_it_was_paused") else { return };
+    let _watchdog = Watchdog::new("guest_with_kvmclock_is_told_that_it_was_paused");
+    let (machine, mut vcpus) = empty(&kvm, 1);
+    machine.write(ENTRY, &[0xE6, 0x80, 0xE6, 0x80, 0xE6, 0x80]); // out 0x80, al, three times
+    set_real_mode(&mut vcpus[0], 0);
+    vcpus[0].set_msrs(&[Msr { index: KVM_SYSTEM_TIME_NEW, value: TIME | 1 }]).unwrap();
+    let flags = |machine: &Machine| machine.read::<1>(TIME + FLAGS)[0];
+    assert_eq!(run(&mut vcpus[0]), Left::Done);
+    assert_eq!(flags(&machine) & GUEST_STOPPED, 0);
+    let (machine, mut vcpus) = restore(&kvm, &save(&machine, &mut vcpus));
+    assert_eq!(run(&mut vcpus[0]), Left::Done);
+    assert_eq!(flags(&machine) & GUEST_STOPPED, GUEST_STOPPED);
+    // The guest takes the flag away when it has seen it. In the same VM a pause is told as well.
+    machine.write(TIME + FLAGS, &[0]);
+    vcpus[0].tell_paused().unwrap();
+    assert_eq!(run(&mut vcpus[0]), Left::Done);
+    assert_eq!(flags(&machine) & GUEST_STOPPED, GUEST_STOPPED);
+}
+
+#[test]
+fn vcpu_without_kvmclock_need_not_be_told() {
+    let Some(kvm) = kvm("vcpu_without_kvmclock_need_not_be_told") else { return };
+    let (_machine, mut vcpus) = empty(&kvm, 1);
+    vcpus[0].tell_paused().unwrap();
+}
+
 /// Waits for line 5 by the PIC, see [`interrupts`](crate::interrupts).
 #[test]
 fn interrupt_lines_work_in_the_new_vm_also_if_they_were_made_before_the_chips_were_restored() {

@@ -56,12 +56,13 @@ pub(super) fn build(config: &AcpiConfig, sink: &mut Vec<u8>) {
     }
 }
 
-/// Linux finds the device by the `_HID`, Windows by the `_CID`, which is too long for Linux before 6.2.
+/// Drivers find the device by a compatible ID: Microsoft's, which is longer than such IDs may be, or the one that Linux knows
+/// beside it.
 fn generation_id(GenerationId { address, .. }: GenerationId, sink: &mut Vec<u8>) {
     let (low, high) = (address & u64::from(u32::MAX), address >> 32);
     let children = [
-        Name::new("_HID".into(), &"VMGENCTR"),
-        Name::new("_CID".into(), &"VM_Gen_Counter"),
+        Name::new("_HID".into(), &"FRST0001"),
+        Name::new("_CID".into(), &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"])),
         Name::new("_DDN".into(), &"VM_Gen_Counter"),
         Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
     ];

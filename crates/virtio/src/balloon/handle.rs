@@ -25,6 +25,20 @@ pub enum HintRun {
     Requested,
     /// The driver sends hints.
     Running,
+    /// The driver has no more hints. It waits for [`BalloonHandle::stop_hinting`] to use the pages again.
+    Finished,
+}
+
+/// What was said about a run of free page hinting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct HintingStatus {
+    /// How far it is.
+    pub run: HintRun,
+    /// The last command of the host: 0 before the first, 1 when the driver may use its pages, else the number of a run.
+    pub host_command: u32,
+    /// The last command of the driver: 0 when it has no more hints, else the number of a run. `None` before the first.
+    pub guest_command: Option<u32>,
 }
 
 /// The run of hints. Pages are given back with this locked, so that none is after [`DONE`] is shown.
@@ -32,6 +46,9 @@ pub enum HintRun {
 pub(super) struct Hinting {
     pub(super) run: HintRun,
     pub(super) last_id: u32,
+    /// When the driver has no more hints, it waits for the host.
+    hold: bool,
+    guest_command: Option<u32>,
 }
 
 /// Counts what a balloon did.
@@ -108,7 +125,9 @@ impl Shared {
         *lock(&self.statistics) = None;
         self.actual.store(0, Ordering::Release);
         self.poison.store(0, Ordering::Release);
-        lock(&self.hinting).run = HintRun::Idle;
+        let mut hinting = self.hinting();
+        (hinting.run, hinting.guest_command) = (HintRun::Idle, None);
+        drop(hinting);
         self.command.store(STOP, Ordering::Release);
     }
 
@@ -131,11 +150,14 @@ impl Shared {
     /// The driver sent a command ID with its hints.
     pub(super) fn hint_command(&self, id: u32) {
         let mut hinting = self.hinting();
+        hinting.guest_command = Some(id);
         if hinting.run == HintRun::Idle {
             return;
         }
         if id == self.command.load(Ordering::Acquire) {
             hinting.run = HintRun::Running;
+        } else if id == STOP && hinting.run == HintRun::Running && hinting.hold {
+            hinting.run = HintRun::Finished;
         } else if id == STOP && hinting.run == HintRun::Running {
             // It has no more. What it sent is given back already, so it may use its pages.
             self.end_hinting(hinting);
@@ -222,11 +244,39 @@ impl BalloonHandle {
         self.shared.clock.set_interval(interval).map_err(Error::io("set the timer of a balloon"))
     }
 
-    /// Asks the driver to name its free pages, once. A run that goes on is begun anew.
+    /// The interval, if there is one.
+    pub fn statistics_interval(&self) -> Option<Duration> {
+        self.shared.clock.interval()
+    }
+
+    /// Whether the device offers statistics.
+    pub fn has_statistics(&self) -> bool {
+        self.shared.features & feature::STATS_VQ != 0
+    }
+
+    /// Whether the device offers free page hinting.
+    pub fn has_hinting(&self) -> bool {
+        self.shared.features & feature::FREE_PAGE_HINT != 0
+    }
+
+    /// Asks the driver to name its free pages, once. A run that goes on is begun anew. When the driver has no more, it may use the
+    /// pages again at once.
     ///
     /// # Errors
     /// [`Error::Config`] if the device does not offer it.
     pub fn start_hinting(&self) -> Result<()> {
+        self.begin_hinting(false)
+    }
+
+    /// The same, but when the driver has no more, it keeps the pages until [`stop_hinting`](Self::stop_hinting).
+    ///
+    /// # Errors
+    /// As [`start_hinting`](Self::start_hinting).
+    pub fn start_hinting_and_hold(&self) -> Result<()> {
+        self.begin_hinting(true)
+    }
+
+    fn begin_hinting(&self, hold: bool) -> Result<()> {
         if self.shared.features & feature::FREE_PAGE_HINT == 0 {
             return Err(Error::Config {
                 device: "virtio-balloon".to_owned(),
@@ -236,7 +286,7 @@ impl BalloonHandle {
         let mut hinting = self.shared.hinting();
         // The two lowest numbers mean something else.
         hinting.last_id = hinting.last_id.checked_add(1).unwrap_or(0).max(DONE + 1);
-        hinting.run = HintRun::Requested;
+        (hinting.run, hinting.hold) = (HintRun::Requested, hold);
         self.shared.command.store(hinting.last_id, Ordering::Release);
         drop(hinting);
         self.shared.changed();
@@ -254,6 +304,16 @@ impl BalloonHandle {
     /// How far the run of hints is.
     pub fn hint_run(&self) -> HintRun {
         self.shared.hinting().run
+    }
+
+    /// What was said about the run of hints.
+    pub fn hinting_status(&self) -> HintingStatus {
+        let hinting = self.shared.hinting();
+        HintingStatus {
+            run: hinting.run,
+            host_command: self.shared.command.load(Ordering::Acquire),
+            guest_command: hinting.guest_command,
+        }
     }
 
     /// What the balloon did so far. The counts are not taken at one instant.

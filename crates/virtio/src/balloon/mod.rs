@@ -21,7 +21,7 @@ use crate::device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice
 use crate::worker::{QueueWorker, RequestHandler};
 use crate::{Error, Result};
 use handle::Shared;
-pub use handle::{BalloonCounts, BalloonHandle, HintRun};
+pub use handle::{BalloonCounts, BalloonHandle, HintRun, HintingStatus};
 pub use state::{BalloonState, SavedRun};
 pub use statistics::BalloonStatistics;
 

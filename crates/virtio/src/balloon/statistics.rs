@@ -17,7 +17,7 @@ use crate::{DeviceControl, Result};
 
 /// Bytes of one statistic: a tag and a value.
 const ENTRY: usize = 10;
-/// Statistics of one buffer that are looked at; the specification knows ten.
+/// Statistics of one buffer that are looked at; the specification knows ten, Linux sixteen.
 const MAX_ENTRIES: usize = 64;
 /// Shortest interval between two requests.
 const SHORTEST: Duration = Duration::from_millis(1);
@@ -46,6 +46,18 @@ pub struct BalloonStatistics {
     pub huge_pages_allocated: Option<u64>,
     /// Number of allocations of huge pages that failed.
     pub huge_pages_failed: Option<u64>,
+    /// Number of times that something was killed because memory ran out. This and what follows is said by Linux since 6.12.
+    pub oom_kills: Option<u64>,
+    /// Number of allocations that had to wait.
+    pub allocation_stalls: Option<u64>,
+    /// Memory that was scanned in the background.
+    pub async_scanned: Option<u64>,
+    /// Memory that was scanned by those who needed some.
+    pub direct_scanned: Option<u64>,
+    /// Memory that was reclaimed in the background.
+    pub async_reclaimed: Option<u64>,
+    /// Memory that was reclaimed by those who needed some.
+    pub direct_reclaimed: Option<u64>,
 }
 
 impl BalloonStatistics {
@@ -102,6 +114,12 @@ impl BalloonStatistics {
             7 => &mut self.caches,
             8 => &mut self.huge_pages_allocated,
             9 => &mut self.huge_pages_failed,
+            10 => &mut self.oom_kills,
+            11 => &mut self.allocation_stalls,
+            12 => &mut self.async_scanned,
+            13 => &mut self.direct_scanned,
+            14 => &mut self.async_reclaimed,
+            15 => &mut self.direct_reclaimed,
             _ => return,
         };
         *field = Some(value);
@@ -146,6 +164,10 @@ impl Clock {
     /// Whether a request waits for its turn.
     pub(super) fn is_requested(&self) -> bool {
         self.requested.load(Ordering::Acquire)
+    }
+
+    pub(super) fn interval(&self) -> Option<Duration> {
+        lock(&self.schedule).interval
     }
 
     pub(super) fn set_interval(&self, interval: Option<Duration>) -> io::Result<()> {

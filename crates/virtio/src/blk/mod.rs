@@ -1,29 +1,32 @@
 #![doc = include_str!("README.md")]
 
 mod config;
+mod handle;
 mod request;
 mod state;
 mod stats;
 mod worker;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use freestone_block::{Engine, Image, IoQueue, SyncQueue};
 use freestone_snapshot::{Restoring, Saving};
 
 use crate::device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
-use crate::rate::{RateLimiter, Throttle};
+use crate::rate::Throttle;
 use crate::worker::Poller;
 use crate::{DeviceControl, Error, Result};
 pub use config::{BlockConfig, CacheMode, RangeLimits};
 use config::{CAPACITY_LEN, CONFIG_LEN, WRITEBACK_AT};
+pub use handle::BlockHandle;
 use request::{Now, Rules};
 pub use state::BlockState;
 use stats::ErrorLog;
 pub use stats::{BlkCounts, BlkStats};
-use worker::{BlkWorker, MAX_DEPTH};
+use worker::{BlkWorker, Io, MAX_DEPTH};
 
 /// Feature bits of this device type that may be offered, as masks (5.2.3).
 pub mod feature {
@@ -55,7 +58,12 @@ pub const ID_LEN: usize = 20;
 /// What a device, its workers and its handles share.
 #[derive(Debug)]
 struct Shared {
-    image: Arc<dyn Image>,
+    disk: Mutex<Disk>,
+    /// [`Disk::generation`], for those who only want to know whether it changed.
+    generation: AtomicU64,
+    /// Wake the workers of a device of which somebody has a handle; also told of completions, once the image was replaced.
+    wakes: Mutex<Vec<Weak<OwnedFd>>>,
+    features: u64,
     config: BlockConfig,
     /// Sectors.
     capacity: AtomicU64,
@@ -65,6 +73,13 @@ struct Shared {
     errors: ErrorLog,
     throttle: Throttle,
     driver: Mutex<Driver>,
+}
+
+/// The image, and which it is.
+#[derive(Debug)]
+struct Disk {
+    image: Arc<dyn Image>,
+    generation: u64,
 }
 
 /// Whom to tell of a new capacity.
@@ -85,29 +100,43 @@ impl Shared {
     }
 
     fn driver(&self) -> MutexGuard<'_, Driver> {
-        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.driver)
+    }
+
+    fn image(&self) -> Arc<dyn Image> {
+        Arc::clone(&lock(&self.disk).image)
     }
 
     /// Says an error of the host, if none was said just now.
     #[cold]
     fn host_error(&self, operation: &'static str, error: &io::Error) {
         if let Some(silent) = self.errors.admit() {
-            tracing::warn!(operation, %error, silent, image = ?self.image, "disk request failed on the host");
+            tracing::warn!(operation, %error, silent, image = ?self.image(), "disk request failed on the host");
         }
     }
 
-    /// An engine for one queue.
-    fn open_queue(&self, size: u16) -> Result<Box<dyn IoQueue>> {
+    /// An engine for one queue, on the image there is now.
+    fn open_queue(&self, size: u16) -> Result<Io> {
+        let (image, generation) = {
+            let disk = lock(&self.disk);
+            (Arc::clone(&disk.image), disk.generation)
+        };
         let engine = self.config.engine;
-        match Arc::clone(&self.image).open_queue(engine, size.min(MAX_DEPTH)) {
-            Ok(queue) => Ok(queue),
+        let queue: Box<dyn IoQueue> = match Arc::clone(&image).open_queue(engine, size.min(MAX_DEPTH)) {
+            Ok(queue) => queue,
             Err(error) if engine == Engine::Auto => {
-                tracing::warn!(%error, image = ?self.image, "no asynchronous I/O: requests block their worker");
-                Ok(Box::new(SyncQueue::new(Arc::clone(&self.image))))
+                tracing::warn!(%error, ?image, "no asynchronous I/O: requests block their worker");
+                Box::new(SyncQueue::new(Arc::clone(&image)))
             }
-            Err(error) => Err(Error::io("open a disk's I/O engine")(error)),
-        }
+            Err(error) => return Err(Error::io("open a disk's I/O engine")(error)),
+        };
+        Ok(Io { queue, image, generation })
     }
+}
+
+/// No state here is left half changed by a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A virtio block device.
@@ -121,7 +150,7 @@ pub struct Block {
     space: [u8; CONFIG_LEN],
     /// The driver chose the cache mode.
     cache_chosen: bool,
-    /// Somebody may change the rate limit while the device works.
+    /// Somebody may change the rate limit or the image while the device works.
     has_handle: AtomicBool,
 }
 
@@ -149,7 +178,10 @@ impl Block {
             errors: ErrorLog::new(),
             throttle: Throttle::new(config.rate_limiter),
             driver: Mutex::default(),
-            image,
+            disk: Mutex::new(Disk { image, generation: 0 }),
+            generation: AtomicU64::new(0),
+            wakes: Mutex::default(),
+            features,
             config,
         });
         let has_handle = AtomicBool::new(false);
@@ -190,12 +222,16 @@ impl Block {
             discard: shared.config.discard,
             write_zeroes: shared.config.write_zeroes,
         };
-        let limited = self.has_handle.load(Ordering::Relaxed) || shared.throttle.limiter().is_some();
+        let has_handle = self.has_handle.load(Ordering::Relaxed);
+        let limited = has_handle || shared.throttle.limiter().is_some();
         let gate =
             limited.then(|| shared.throttle.gate()).transpose().map_err(Error::io("create a timer"))?;
+        // Before the engine is opened, so that no change of the image is missed.
+        let wake =
+            has_handle.then(|| shared.new_wake()).transpose().map_err(Error::io("create an eventfd"))?;
         let io = shared.open_queue(queue.queue.size())?;
         let poller = Poller::new(shared.config.poll);
-        let parts = (Arc::clone(shared), rules, io);
+        let parts = (Arc::clone(shared), rules, io, wake);
         Ok(BlkWorker::new(mem.clone(), queue, control.clone(), poller, parts, gate))
     }
 }
@@ -206,7 +242,7 @@ impl VirtioDevice for Block {
     }
 
     fn check(&self, name: &str) -> Result<()> {
-        self.shared.config.check(name, &self.shared.image)
+        self.shared.config.check(name, &self.shared.image())
     }
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
@@ -265,53 +301,6 @@ impl VirtioDevice for Block {
         if self.read_only {
             return Ok(());
         }
-        self.shared.image.flush().map_err(Error::io("flush a disk"))
-    }
-}
-
-/// What can be done with a [`Block`] device while it works, from any thread. It may outlive the device.
-#[derive(Debug, Clone)]
-pub struct BlockHandle(Arc<Shared>);
-
-impl BlockHandle {
-    /// Looks at the image again, whose size may have changed, and tells the driver. Returns the bytes of the disk now.
-    ///
-    /// A driver that reads the capacity during this may find a mixture, but is told afterwards and reads it again. Requests
-    /// beyond the end of a smaller disk fail.
-    ///
-    /// # Errors
-    /// As [`Image::refresh_size`]; the disk stays as it is.
-    pub fn resize(&self) -> io::Result<u64> {
-        let shared = &self.0;
-        // One at a time, so that the driver is never told of the older of two sizes.
-        let mut driver = shared.driver();
-        let capacity = shared.config.capacity(shared.image.refresh_size()?);
-        if shared.capacity.swap(capacity, Ordering::AcqRel) != capacity {
-            match &driver.control {
-                Some(control) => control.config_changed(),
-                None => driver.missed = true,
-            }
-        }
-        Ok(capacity * freestone_block::SECTOR_SIZE)
-    }
-
-    /// Changes the rate limit, or takes it away. New buckets begin full.
-    pub fn set_rate_limiter(&self, limiter: Option<RateLimiter>) {
-        self.0.throttle.set(limiter);
-    }
-
-    /// The rate limit, if there is one.
-    pub fn rate_limiter(&self) -> Option<RateLimiter> {
-        self.0.throttle.limiter()
-    }
-
-    /// Times that a worker waited because of the rate limit.
-    pub fn throttled(&self) -> u64 {
-        self.0.throttle.waits()
-    }
-
-    /// The device's counters.
-    pub fn stats(&self) -> Arc<BlkStats> {
-        Arc::clone(&self.0.stats)
+        self.shared.image().flush().map_err(Error::io("flush a disk"))
     }
 }

@@ -5,9 +5,11 @@
 //! the memory of the data itself. Stopping waits until nothing is under way, so nothing touches guest memory afterwards.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use freestone_block::{IoQueue, Op, Submitted};
+use freestone_block::{Image, IoQueue, Op, Submitted, SyncQueue};
 use freestone_bus::{Irq, Progress, Source, Work};
 use freestone_memory::{
     Bytes, GuestAddress, GuestMem, GuestMemoryBackend, GuestMemoryRegion, MemorySlice, MemoryView,
@@ -40,12 +42,26 @@ pub(super) struct BlkWorker {
     batch: Batch,
 }
 
+/// An engine, for an image.
+#[derive(Debug)]
+pub(super) struct Io {
+    pub queue: Box<dyn IoQueue>,
+    pub image: Arc<dyn Image>,
+    /// Which image that is.
+    pub generation: u64,
+}
+
 /// Requests of one queue and their engine, apart from the queue itself.
 #[derive(Debug)]
 struct Core {
     shared: Arc<Shared>,
     rules: Rules,
     io: Box<dyn IoQueue>,
+    /// The image that `io` is for, and which that is.
+    image: Arc<dyn Image>,
+    generation: u64,
+    /// Readable when the image was replaced. `None` if nobody can do that.
+    wake: Option<Arc<OwnedFd>>,
     slots: Slots,
     /// Completions that were reaped and not yet looked at.
     done: Vec<(u64, io::Result<()>)>,
@@ -69,15 +85,19 @@ impl BlkWorker {
         active: ActiveQueue,
         control: DeviceControl,
         poller: Poller,
-        (shared, rules, io): (Arc<Shared>, Rules, Box<dyn IoQueue>),
+        (shared, rules, io, wake): (Arc<Shared>, Rules, Io, Option<Arc<OwnedFd>>),
         gate: Option<Gate>,
     ) -> Self {
         let slots = Slots::new(active.queue.size().min(MAX_DEPTH));
-        let core = Core { shared, rules, io, slots, done: Vec::new(), gate };
+        let Io { queue: io, image, generation } = io;
+        let core = Core { shared, rules, io, image, generation, wake, slots, done: Vec::new(), gate };
         Self { mem, active, control, core, spare: SpareBuffers::new(), poller, batch: Batch::new() }
     }
 
     fn step(&mut self) -> Result<Progress> {
+        if self.core.is_stale() {
+            self.change_image()?;
+        }
         let Self { mem, active, core, spare, poller, batch, .. } = self;
         let view = mem.view();
         let mut queue = active.queue.attach(&view)?;
@@ -112,6 +132,28 @@ impl BlkWorker {
         result
     }
 
+    /// Ends what is under way on an image that was replaced, and goes on with the new one.
+    #[cold]
+    fn change_image(&mut self) -> Result<()> {
+        self.finish()?;
+        let core = &mut self.core;
+        // The driver may have been told that its writes are done; nobody will flush them there later.
+        if !core.rules.read_only
+            && let Err(error) = core.image.flush()
+        {
+            core.shared.host_error("flush the image that was replaced", &error);
+        }
+        let mut io = core.shared.open_queue(self.active.queue.size())?;
+        if let Some(wake) = &core.wake
+            && let Err(error) = io.queue.notify_by(wake.as_fd())
+        {
+            tracing::debug!(%error, "completions cannot be told by another event: requests block their worker");
+            io.queue = Box::new(SyncQueue::new(Arc::clone(&io.image)));
+        }
+        (core.io, core.image, core.generation) = (io.queue, io.image, io.generation);
+        Ok(())
+    }
+
     /// Waits until nothing is under way, and tells the driver what became of it.
     fn finish(&mut self) -> Result<()> {
         let Self { mem, active, core, .. } = self;
@@ -135,6 +177,11 @@ impl BlkWorker {
 }
 
 impl Core {
+    /// Whether the image was replaced.
+    fn is_stale(&self) -> bool {
+        self.shared.generation.load(Ordering::Acquire) != self.generation
+    }
+
     fn in_flight(&self) -> bool {
         self.io.in_flight() > 0
     }
@@ -202,6 +249,12 @@ impl Core {
                 return Ok(Intake::Limited);
             }
             let Some(chain) = queue.pop(buffers)? else { break };
+            // After the request was seen: it may have been made because the image was replaced.
+            if self.is_stale() {
+                queue.undo(chain);
+                *budget = 0;
+                break;
+            }
             *budget -= 1;
             if self.begin(chain, queue, view, buffers)? {
                 match batch.add() {
@@ -431,6 +484,7 @@ impl Work for BlkWorker {
     fn sources(&self) -> Vec<Source> {
         let mut sources: Vec<Source> = vec![self.active.kick.clone()];
         sources.extend(self.core.io.completion_source());
+        sources.extend(self.core.wake.iter().map(|wake| Arc::clone(wake) as Source));
         sources.extend(self.core.gate.as_ref().map(Gate::source));
         sources
     }

@@ -56,6 +56,9 @@ pub struct MemConfig {
     pub region_size: u64,
     /// Bytes of a block: a power of two from 2 MiB to 128 MiB. Linux plugs 4 MiB at once or more. Default: 2 MiB.
     pub block_size: u64,
+    /// Bytes of a chunk, the unit in which memory comes from the host: a power of two from 128 MiB, and no less than a 128th of the
+    /// region. Default: the smallest.
+    pub slot_size: Option<u64>,
     /// Bytes to plug at first: a multiple of the block size. Default: 0.
     pub requested: u64,
     /// Entries of the queue: a power of two. Drivers send one request at a time, and a step of the device serves a queue's
@@ -66,13 +69,20 @@ pub struct MemConfig {
 impl MemConfig {
     /// A device that can plug `region_size` bytes.
     pub fn new(region_size: u64) -> Self {
-        Self { region_size, block_size: MIN_BLOCK, requested: 0, queue_size: 4 }
+        Self { region_size, block_size: MIN_BLOCK, slot_size: None, requested: 0, queue_size: 4 }
     }
 
     /// Sets [`block_size`](Self::block_size).
     #[must_use]
     pub fn block_size(mut self, block_size: u64) -> Self {
         self.block_size = block_size;
+        self
+    }
+
+    /// Sets [`slot_size`](Self::slot_size).
+    #[must_use]
+    pub fn slot_size(mut self, slot_size: u64) -> Self {
+        self.slot_size = Some(slot_size);
         self
     }
 
@@ -100,6 +110,11 @@ impl MemConfig {
         if region_size == 0 || region_size > MAX_REGION || !region_size.is_multiple_of(block_size) {
             return refuse("the region must be one or more whole blocks, and at most 16 TiB");
         }
+        if self.slot_size.is_some_and(|slot| !slot.is_power_of_two() || slot < self.smallest_chunk()) {
+            return refuse(
+                "the slot size must be a power of two from 128 MiB, and no less than a 128th of the region",
+            );
+        }
         if requested > region_size || !requested.is_multiple_of(block_size) {
             return refuse("what is requested must be whole blocks, and at most the region");
         }
@@ -108,6 +123,10 @@ impl MemConfig {
 
     /// Bytes of a chunk.
     fn chunk_size(&self) -> u64 {
+        self.slot_size.unwrap_or_else(|| self.smallest_chunk())
+    }
+
+    fn smallest_chunk(&self) -> u64 {
         (self.region_size.div_ceil(MAX_CHUNKS)).next_power_of_two().max(MIN_CHUNK)
     }
 }
@@ -141,6 +160,8 @@ impl ChunkSource for Machine {
 struct Shared {
     blocks: Mutex<Blocks<Machine>>,
     control: Mutex<Option<DeviceControl>>,
+    /// Bytes of a chunk.
+    slot_size: u64,
 }
 
 impl Shared {
@@ -152,6 +173,22 @@ impl Shared {
 /// No state here is left half changed by a panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Sizes of a [`Mem`] device, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MemStatus {
+    /// What can be plugged at most.
+    pub region_size: u64,
+    /// A chunk: the unit in which memory comes from the host.
+    pub slot_size: u64,
+    /// A block: the unit in which the guest plugs.
+    pub block_size: u64,
+    /// What is plugged.
+    pub plugged: u64,
+    /// What was asked for.
+    pub requested: u64,
 }
 
 /// The host's side of a [`Mem`] device: cheap to clone, to be used from any thread, at any time.
@@ -194,6 +231,18 @@ impl MemHandle {
         self.shared.blocks().sizes().block
     }
 
+    /// All sizes at one moment.
+    pub fn status(&self) -> MemStatus {
+        let sizes = self.shared.blocks().sizes();
+        MemStatus {
+            region_size: sizes.region,
+            slot_size: self.shared.slot_size,
+            block_size: sizes.block,
+            plugged: sizes.plugged,
+            requested: sizes.requested,
+        }
+    }
+
     /// Takes all memory away, as a reset of the whole machine does; the guest must not run. A reset by the driver alone leaves the
     /// memory as it is (5.15.5.2).
     pub fn system_reset(&self) {
@@ -228,7 +277,8 @@ impl Mem {
         };
         let mut blocks = Blocks::new(config.region_size, config.block_size, config.chunk_size());
         blocks.request(config.requested)?;
-        let shared = Shared { blocks: Mutex::new(blocks), control: Mutex::default() };
+        let shared =
+            Shared { blocks: Mutex::new(blocks), control: Mutex::default(), slot_size: config.chunk_size() };
         Ok(Self { info, shared: Arc::new(shared) })
     }
 

@@ -9,6 +9,7 @@ use freestone_memory::GuestMem;
 use super::Backend;
 use crate::device::{ActiveQueue, Worker};
 use crate::queue::{AttachedQueue, Chain, ChainBuffers};
+use crate::rate::Gate;
 use crate::{DeviceControl, Error, Result};
 
 /// `VIRTIO_PMEM_REQ_TYPE_FLUSH`.
@@ -25,6 +26,7 @@ pub(super) struct FlushWorker {
     active: ActiveQueue,
     control: DeviceControl,
     backend: Arc<Backend>,
+    gate: Option<Gate>,
 }
 
 /// A request that waits for its answer.
@@ -40,8 +42,9 @@ impl FlushWorker {
         active: ActiveQueue,
         control: DeviceControl,
         backend: Arc<Backend>,
+        gate: Option<Gate>,
     ) -> Self {
-        Self { mem, active, control, backend }
+        Self { mem, active, control, backend, gate }
     }
 
     /// Serves all requests that wait, at most a queue's worth, with one sync.
@@ -49,10 +52,23 @@ impl FlushWorker {
         let view = self.mem.view();
         let mut queue = self.active.queue.attach(&view)?;
         queue.disable_kicks()?;
+        if let Some(gate) = &self.gate
+            && gate.is_limited()
+            && queue.has_next()?
+            && !gate.open()
+        {
+            // The timer wakes it.
+            return Ok(Progress::Idle);
+        }
         let mut waiting = Vec::new();
         let taken = take(&mut queue, &mut waiting);
         // What came before a request that is nonsense is answered all the same.
         let answers = serve(&self.backend, &waiting);
+        if let Some(gate) = &self.gate
+            && waiting.iter().any(|request| request.flush)
+        {
+            gate.charge(self.backend.size);
+        }
         answer(&mut queue, &answers, waiting)?;
         complete(&mut queue, &self.active.irq)?;
         taken?;
@@ -109,7 +125,9 @@ fn complete(queue: &mut AttachedQueue<'_, '_>, irq: &Irq) -> Result<()> {
 
 impl Work for FlushWorker {
     fn sources(&self) -> Vec<Source> {
-        vec![self.active.kick.clone()]
+        let mut sources: Vec<Source> = vec![self.active.kick.clone()];
+        sources.extend(self.gate.as_ref().map(Gate::source));
+        sources
     }
 
     fn process(&mut self) -> Progress {

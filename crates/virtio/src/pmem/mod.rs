@@ -19,6 +19,7 @@ use rustix::fs::FallocateFlags;
 
 use crate::device::{DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
 use crate::device_memory::DeviceMemory;
+use crate::rate::{RateLimiter, Throttle};
 use crate::{Error, Result};
 use flush::FlushWorker;
 
@@ -47,11 +48,14 @@ pub struct PmemConfig {
     pub lock: bool,
     /// Entries of the queue: a power of two. Default: 64.
     pub queue_size: u16,
+    /// Limit of flushes: each time that the file is made durable costs one operation and as many bytes as the file has. Default:
+    /// none.
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 impl Default for PmemConfig {
     fn default() -> Self {
-        Self { read_only: false, reserve: true, lock: true, queue_size: 64 }
+        Self { read_only: false, reserve: true, lock: true, queue_size: 64, rate_limiter: None }
     }
 }
 
@@ -79,6 +83,13 @@ impl PmemConfig {
     #[must_use]
     pub fn lock(mut self, lock: bool) -> Self {
         self.lock = lock;
+        self
+    }
+
+    /// Sets [`rate_limiter`](Self::rate_limiter).
+    #[must_use]
+    pub fn rate_limiter(mut self, limiter: RateLimiter) -> Self {
+        self.rate_limiter = Some(limiter);
         self
     }
 
@@ -136,6 +147,8 @@ struct Backend {
     /// What is lost stays lost: the pages that could not be written may be clean now, and another sync would succeed.
     failed: AtomicBool,
     stats: Arc<PmemStats>,
+    throttle: Throttle,
+    size: u64,
 }
 
 impl Backend {
@@ -162,6 +175,40 @@ pub struct Pmem {
     backend: Arc<Backend>,
     /// First guest-physical address, and what keeps the file mapped there.
     attached: Option<(u64, DeviceMemory)>,
+    /// Somebody may change the rate limit while the device works.
+    has_handle: AtomicBool,
+}
+
+/// What can be done with a [`Pmem`] device while it works, from any thread. It may outlive the device.
+#[derive(Clone)]
+pub struct PmemHandle(Arc<Backend>);
+
+impl PmemHandle {
+    /// Changes the rate limit, or takes it away. New buckets begin full.
+    pub fn set_rate_limiter(&self, limiter: Option<RateLimiter>) {
+        self.0.throttle.set(limiter);
+    }
+
+    /// The rate limit, if there is one.
+    pub fn rate_limiter(&self) -> Option<RateLimiter> {
+        self.0.throttle.limiter()
+    }
+
+    /// Times that a worker waited because of the rate limit.
+    pub fn throttled(&self) -> u64 {
+        self.0.throttle.waits()
+    }
+
+    /// The device's counters.
+    pub fn stats(&self) -> Arc<PmemStats> {
+        Arc::clone(&self.0.stats)
+    }
+}
+
+impl std::fmt::Debug for PmemHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PmemHandle").field("throttle", &self.0.throttle).finish_non_exhaustive()
+    }
 }
 
 impl Pmem {
@@ -209,6 +256,8 @@ impl Pmem {
             file: syncing.map(|file| Box::new(file) as Box<dyn Durable>),
             failed: AtomicBool::new(false),
             stats: Arc::default(),
+            throttle: Throttle::new(config.rate_limiter),
+            size,
         };
         Ok(Self {
             info,
@@ -218,12 +267,20 @@ impl Pmem {
             read_only: config.read_only,
             backend: Arc::new(backend),
             attached: None,
+            has_handle: AtomicBool::new(false),
         })
     }
 
     /// The device's counters.
     pub fn stats(&self) -> Arc<PmemStats> {
         Arc::clone(&self.backend.stats)
+    }
+
+    /// What can be done with the device while a machine has it. Take it before the device goes there: the rate limit of a
+    /// device of which nobody has a handle costs nothing.
+    pub fn handle(&self) -> PmemHandle {
+        self.has_handle.store(true, Ordering::Relaxed);
+        PmemHandle(Arc::clone(&self.backend))
     }
 
     /// Bytes of persistent memory.
@@ -289,11 +346,15 @@ impl VirtioDevice for Pmem {
             return Err(Error::Config { device: "virtio-pmem".to_owned(), reason });
         }
         let Resources { mem, queues, control, .. } = resources;
+        let throttle = &self.backend.throttle;
+        let limited = self.has_handle.load(Ordering::Relaxed) || throttle.limiter().is_some();
         let workers = queues.into_iter().map(|queue| {
-            let worker = FlushWorker::new(mem.clone(), queue, control.clone(), Arc::clone(&self.backend));
-            Box::new(worker) as Box<dyn Worker>
+            let gate = limited.then(|| throttle.gate()).transpose().map_err(Error::io("create a timer"))?;
+            let backend = Arc::clone(&self.backend);
+            let worker = FlushWorker::new(mem.clone(), queue, control.clone(), backend, gate);
+            Ok(Box::new(worker) as Box<dyn Worker>)
         });
-        Ok(workers.collect())
+        workers.collect()
     }
 
     fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
@@ -327,7 +388,13 @@ mod tests {
     fn after_a_flush_that_failed_no_flush_succeeds() {
         let fails = Arc::new(AtomicBool::new(false));
         let file: Box<dyn Durable> = Box::new(Moody(Arc::clone(&fails)));
-        let backend = Backend { file: Some(file), failed: AtomicBool::new(false), stats: Arc::default() };
+        let backend = Backend {
+            file: Some(file),
+            failed: AtomicBool::new(false),
+            stats: Arc::default(),
+            throttle: Throttle::new(None),
+            size: 0,
+        };
         backend.sync().unwrap();
         fails.store(true, Ordering::Relaxed);
         assert_eq!(backend.sync().unwrap_err().kind(), io::ErrorKind::StorageFull);

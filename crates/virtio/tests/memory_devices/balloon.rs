@@ -292,6 +292,40 @@ fn when_the_driver_has_no_more_hints_it_may_use_its_pages() {
 }
 
 #[test]
+fn a_driver_that_is_to_hold_its_pages_waits_for_the_host() {
+    let (mut rig, handle) = started();
+    assert_eq!(handle.hinting_status().guest_command, None);
+    handle.start_hinting_and_hold().unwrap();
+    let id = rig.config_u32(COMMAND);
+    command(&mut rig, id);
+    command(&mut rig, 0);
+    let status = handle.hinting_status();
+    assert_eq!(
+        (status.run, status.host_command, status.guest_command),
+        (HintRun::Finished, id, Some(0)),
+        "it was not told that it may use its pages"
+    );
+    hint(&mut rig, FREE);
+    assert_eq!(rig.read::<u8>(FREE), 1);
+    handle.stop_hinting();
+    assert_eq!((rig.config_u32(COMMAND), handle.hint_run()), (1, HintRun::Idle));
+}
+
+#[test]
+fn the_interval_of_statistics_is_what_was_set_last() {
+    let handle = Balloon::new(BalloonConfig::new()).unwrap().handle();
+    assert_eq!(
+        (handle.statistics_interval(), handle.has_statistics(), handle.has_hinting()),
+        (None, true, false)
+    );
+    let second = std::time::Duration::from_secs(1);
+    handle.set_statistics_interval(Some(second)).unwrap();
+    assert_eq!(handle.statistics_interval(), Some(second));
+    handle.set_statistics_interval(None).unwrap();
+    assert_eq!(handle.statistics_interval(), None);
+}
+
+#[test]
 fn the_host_can_end_a_run_and_later_hints_are_ignored() {
     let (mut rig, handle) = started();
     handle.start_hinting().unwrap();
@@ -379,4 +413,46 @@ fn memory_of_the_guest_is_not_touched_by_a_balloon_that_is_told_nothing() {
     rig.fill(FREE, MIB);
     rig.settle();
     assert_eq!(rig.read::<u8>(FREE), 1);
+}
+
+/// Goes on in another machine, with a balloon of which the host asked nothing yet.
+fn move_on(rig: &mut Rig) -> BalloonHandle {
+    let balloon = Balloon::new(config()).unwrap();
+    let handle = balloon.handle();
+    rig.move_on(balloon);
+    handle
+}
+
+#[test]
+fn a_saved_balloon_keeps_what_was_asked_and_given_and_gives_nothing_back() {
+    let (mut rig, handle) = started();
+    handle.set_target(MIB);
+    send_pages(&mut rig, INFLATE, &(page(FREE)..page(FREE + MIB)).collect::<Vec<_>>());
+    rig.driver.write_config(ACTUAL, &256u32.to_le_bytes()).unwrap();
+    rig.driver.write_config(POISON, &0xaau32.to_le_bytes()).unwrap();
+    let resident = rig.resident();
+    let handle = move_on(&mut rig);
+    assert_eq!((handle.target(), handle.actual()), (MIB, MIB));
+    assert_eq!(rig.resident(), resident, "what was given up stays given up");
+    // Poison is still known: a report is not taken.
+    rig.request(REPORTS, &[Buffer::writable(FREE + 2 * MIB, 0x1000)]);
+    assert_eq!(handle.counts().reported, 0);
+}
+
+#[test]
+fn a_run_of_hints_goes_on_after_a_restore() {
+    let (mut rig, handle) = started();
+    handle.start_hinting().unwrap();
+    let mut id = [0; 4];
+    rig.driver.read_config(COMMAND, &mut id).unwrap();
+    rig.mem.view().write_slice(&id, GuestAddress(REQUEST)).unwrap();
+    rig.request(HINTS, &[Buffer::readable(REQUEST, 4)]);
+    let handle = move_on(&mut rig);
+    assert_eq!(handle.hint_run(), HintRun::Running);
+    rig.request(HINTS, &[Buffer::writable(FREE, 0x1000)]);
+    assert_eq!(handle.counts().hinted, 0x1000);
+    handle.start_hinting().unwrap();
+    let mut next = [0; 4];
+    rig.driver.read_config(COMMAND, &mut next).unwrap();
+    assert_eq!(u32::from_le_bytes(next), u32::from_le_bytes(id) + 1, "no ID comes twice");
 }

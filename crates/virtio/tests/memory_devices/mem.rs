@@ -315,3 +315,16 @@ fn a_machine_without_memory_slots_refuses_the_device() {
     let error = wiring.plug(VirtioMmioPlug::new(mem, "mem0")).unwrap_err();
     assert!(format!("{error:?}").contains("memory slots"), "{error:?}");
 }
+
+#[test]
+fn the_status_says_all_sizes() {
+    let mem = Mem::new(&MemConfig::new(REGION).slot_size(256 * MIB).requested(BLOCK)).unwrap();
+    let status = mem.handle().status();
+    assert_eq!((status.region_size, status.slot_size, status.block_size), (REGION, 256 * MIB, BLOCK));
+    assert_eq!((status.plugged, status.requested), (0, BLOCK));
+    assert_eq!(Mem::new(&MemConfig::new(REGION)).unwrap().handle().status().slot_size, CHUNK);
+    for bad in [0, 64 * MIB, 129 * MIB] {
+        Mem::new(&MemConfig::new(REGION).slot_size(bad)).unwrap_err();
+    }
+    Mem::new(&MemConfig::new(64 << 30).slot_size(128 * MIB)).unwrap_err();
+}

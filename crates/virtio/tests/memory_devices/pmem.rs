@@ -3,11 +3,13 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use freestone_bus::Plug;
 use freestone_memory::{GuestMem, layout};
 use freestone_testkit::TestWiring;
 use freestone_testkit::driver::Buffer;
+use freestone_virtio::rate::{RateLimiter, TokenBucket};
 use freestone_virtio::{Error, Pmem, PmemConfig, VirtioMmioPlug};
 
 use super::support::{ANSWER, MIB, RAM, REQUEST, Rig};
@@ -238,4 +240,21 @@ fn a_file_that_became_smaller_before_it_is_mapped_is_refused() {
     let mut wiring = TestWiring::new(GuestMem::anonymous(RAM).unwrap());
     wiring.plug(VirtioMmioPlug::new(pmem, "pmem0")).unwrap_err();
     assert_eq!(wiring.device_memory().len(), 0);
+}
+
+#[test]
+fn flushes_beyond_the_limit_wait_until_it_is_taken_away() {
+    let disk = disk(2 * MIB);
+    let limit = RateLimiter::new().ops(TokenBucket::new(1, Duration::from_secs(3600)));
+    let pmem = disk.open(PmemConfig::new().rate_limiter(limit));
+    let (handle, stats) = (pmem.handle(), pmem.stats());
+    let mut rig = Rig::new(pmem);
+    assert_eq!(request(&mut rig, 0), 0);
+    rig.write(REQUEST, 0u32);
+    rig.offer(0, &[Buffer::readable(REQUEST, 4), Buffer::writable(ANSWER, 4)]);
+    assert_eq!((stats.counts().requests, handle.throttled()), (1, 1));
+    handle.set_rate_limiter(None);
+    assert_eq!(handle.rate_limiter(), None);
+    rig.spawner.run();
+    assert_eq!(stats.counts().requests, 2);
 }

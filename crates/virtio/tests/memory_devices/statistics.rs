@@ -197,3 +197,26 @@ fn the_timer_wakes_an_event_loop_each_time() {
         assert_eq!(handle.counts().statistics, round);
     }
 }
+
+#[test]
+fn statistics_and_a_request_for_them_outlive_the_machine() {
+    let (mut rig, handle) = started();
+    offer(&mut rig, &[(4, 7)]);
+    rig.used(STATISTICS);
+    let next = || {
+        let balloon = Balloon::new(BalloonConfig::new()).unwrap();
+        (balloon.handle(), balloon)
+    };
+    let (after, balloon) = next();
+    rig.move_on(balloon);
+    assert_eq!(after.statistics(), handle.statistics());
+    assert_eq!(rig.used(STATISTICS).len(), 1, "the buffer went back, or there would be no more statistics");
+    // Nobody can be asked now.
+    after.request_statistics();
+    rig.settle();
+    let (last, balloon) = next();
+    rig.move_on(balloon);
+    offer(&mut rig, &[(4, 8)]);
+    assert_eq!(rig.used(STATISTICS).len(), 1, "the request was waiting");
+    assert_eq!(last.statistics().unwrap().free, Some(8));
+}

@@ -4,6 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use freestone_bus::Device;
 use freestone_memory::{ByteValued, Bytes, GuestAddress, GuestMem, Region};
+use freestone_snapshot::{Arch, Header, State};
 use freestone_testkit::TestWiring;
 use freestone_testkit::driver::{Arena, Buffer, DriverQueue, MmioDriver};
 use freestone_virtio::{VirtioDevice, VirtioMmioPlug};
@@ -52,6 +53,20 @@ impl Rig {
         let setup = |index| self.driver.setup_queue(&self.mem, &mut arena, index, 64).unwrap();
         self.queues = (0..count).map(setup).collect();
         self.driver.driver_ok().unwrap();
+        self.settle();
+    }
+
+    /// The device saves itself and goes on as `device` in another machine with the same memory.
+    pub fn move_on(&mut self, device: impl VirtioDevice + 'static) {
+        self.device.pause().unwrap();
+        let mut state = State::new();
+        self.device.save(&mut state.of("test")).unwrap();
+        self.wiring = TestWiring::new(self.mem.clone());
+        self.device = self.wiring.plug(VirtioMmioPlug::new(device, "test")).unwrap();
+        self.driver = self.driver.follow(&self.wiring).unwrap();
+        let header = Header::new(Arch::host(), "tests").unwrap();
+        self.device.restore(&mut state.into_sections(header).of("test")).unwrap();
+        self.device.resume().unwrap();
         self.settle();
     }
 

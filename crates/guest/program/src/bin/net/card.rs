@@ -1,9 +1,9 @@
 //! The network card (virtio 1.2, section 5.1): one pair of queues, polled.
 
 use freestone_guest_program::registers::Device;
+use freestone_guest_program::ring::{NEXT, Ring, WRITE};
 
-use crate::memory::{Head, ROOM, RX_SLOTS, Room, TX_SLOTS};
-use crate::ring::{NEXT, Ring, WRITE};
+use crate::memory::{Head, RINGS, ROOM, RX_SLOTS, Room, TX_SLOTS};
 
 /// Features that the driver knows.
 mod feature {
@@ -78,7 +78,7 @@ impl Card {
             _ => device.config::<u8>(i as u64),
         });
         let event_idx = features & feature::EVENT_IDX != 0;
-        let (mut rx, tx) = (Ring::enable(device, RX, event_idx)?, Ring::enable(device, TX, event_idx)?);
+        let (mut rx, tx) = (enable(device, RX, event_idx)?, enable(device, TX, event_idx)?);
         let slots = TX_SLOTS.min(tx.size() / 2);
         device.go();
         for slot in 0..RX_SLOTS.min(rx.size()) {
@@ -170,6 +170,10 @@ impl Card {
         self.tx.publish();
         self.rx.publish();
     }
+}
+
+fn enable(device: &Device, queue: usize, event_idx: bool) -> Option<Ring> {
+    Ring::enable(device, queue, RINGS.get(queue)?, event_idx)
 }
 
 fn submit(rx: &mut Ring, room: Room) {

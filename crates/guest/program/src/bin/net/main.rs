@@ -7,7 +7,6 @@
 mod card;
 mod dhcp;
 mod memory;
-mod ring;
 mod stack;
 mod tcp;
 mod wire;

@@ -1,14 +1,13 @@
 //! Memory that the card reads and writes: rings, room for frames, and the bytes that are sent.
 
 use core::cell::UnsafeCell;
-use core::sync::atomic::{Ordering, compiler_fence};
+
+use freestone_guest_program::ring::RingMemory;
 
 /// Frames that the card can leave before it has to wait.
 pub const RX_SLOTS: usize = 64;
 /// Frames that can be under way.
 pub const TX_SLOTS: usize = 64;
-/// Most descriptors of a queue.
-pub const MAX_SIZE: usize = 256;
 /// Room for the largest frame and the card's header.
 pub const ROOM: usize = 17 * 4096;
 /// Room for headers, or for a small frame as a whole.
@@ -18,7 +17,6 @@ pub const PERIOD: usize = 65521;
 
 #[repr(C, align(4096))]
 struct Area {
-    rings: [[[u8; 4096]; 3]; 2],
     heads: [[u8; HEAD]; TX_SLOTS],
     rooms: [[u8; ROOM]; RX_SLOTS],
     pattern: [u8; 2 * PERIOD],
@@ -30,48 +28,13 @@ struct Shared(UnsafeCell<Area>);
 unsafe impl Sync for Shared {}
 
 static AREA: Shared = Shared(UnsafeCell::new(Area {
-    rings: [[[0; 4096]; 3]; 2],
     heads: [[0; HEAD]; TX_SLOTS],
     rooms: [[0; ROOM]; RX_SLOTS],
     pattern: [0; 2 * PERIOD],
 }));
 
-/// A place in a ring.
-#[derive(Clone, Copy)]
-pub struct Place(*mut u8);
-
-/// What is read and written in one access.
-pub trait Word: Copy {}
-impl Word for u16 {}
-impl Word for u32 {}
-impl Word for u64 {}
-
-impl Place {
-    /// Part 0 to 2 of the rings of a queue: descriptors, driver area, device area.
-    pub fn ring(queue: usize, part: usize) -> Self {
-        Self(AREA.0.get().cast::<u8>().wrapping_add(4096 * (queue % 2 * 3 + part % 3)))
-    }
-
-    /// Its guest-physical address.
-    pub fn address(self) -> u64 {
-        self.0.expose_provenance() as u64
-    }
-
-    /// The value `offset` bytes further. What is read later in the program is read later.
-    pub fn get<T: Word>(self, offset: usize) -> T {
-        // SAFETY: callers stay inside their part of the rings, at aligned offsets; every bit pattern is a value.
-        let value = unsafe { self.0.wrapping_add(offset).cast::<T>().read_volatile() };
-        compiler_fence(Ordering::SeqCst);
-        value
-    }
-
-    /// Writes the value `offset` bytes further. What is written before in the program is written before.
-    pub fn put<T: Word>(self, offset: usize, value: T) {
-        compiler_fence(Ordering::SeqCst);
-        // SAFETY: as above; no reference to the rings exists.
-        unsafe { self.0.wrapping_add(offset).cast::<T>().write_volatile(value) }
-    }
-}
+/// Memory of the receive queue and of the transmit queue.
+pub static RINGS: [RingMemory; 2] = [RingMemory::new(), RingMemory::new()];
 
 /// Room for a frame from the card, which belongs to whoever holds this.
 #[derive(Debug)]

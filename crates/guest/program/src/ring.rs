@@ -1,14 +1,98 @@
-//! The driver's side of a split virtqueue (virtio 1.2, section 2.7).
+//! The driver's side of a split virtqueue (virtio 1.2, section 2.7), polled, and the memory that it shares with the device.
 
-use core::sync::atomic::{Ordering, fence};
+use core::cell::UnsafeCell;
+use core::fmt;
+use core::sync::atomic::{Ordering, compiler_fence, fence};
 
-use freestone_guest_program::registers::{Device, Notify};
+use crate::registers::{Device, Notify};
 
-use crate::memory::{MAX_SIZE, Place};
-
-/// Flags of descriptors.
+/// Flag of a descriptor: there is a next one.
 pub const NEXT: u16 = 1;
+/// Flag of a descriptor: the device writes.
 pub const WRITE: u16 = 2;
+
+const PAGE: usize = 4096;
+/// Most descriptors of a queue.
+pub const MAX_SIZE: usize = 256;
+
+/// Pages that the program and a device share. All accesses are volatile and by [`Place`]; no reference to them is made.
+#[repr(C, align(4096))]
+pub struct Pages<const N: usize>(UnsafeCell<[[u8; PAGE]; N]>);
+
+// SAFETY: only volatile accesses of plain integers through `Place`.
+unsafe impl<const N: usize> Sync for Pages<N> {}
+
+impl<const N: usize> Pages<N> {
+    /// Zeroes.
+    pub const fn new() -> Self {
+        Self(UnsafeCell::new([[0; PAGE]; N]))
+    }
+
+    /// One of the pages; numbers past the last begin anew.
+    pub fn page(&'static self, number: usize) -> Place {
+        Place(self.0.get().cast::<u8>().wrapping_add(PAGE * (number % N)))
+    }
+}
+
+impl<const N: usize> Default for Pages<N> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<const N: usize> fmt::Debug for Pages<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Pages").field(&N).finish()
+    }
+}
+
+/// A page that is shared with a device.
+#[derive(Debug, Clone, Copy)]
+pub struct Place(*mut u8);
+
+/// What is read and written in one access.
+pub trait Word: Copy {}
+impl Word for u8 {}
+impl Word for u16 {}
+impl Word for u32 {}
+impl Word for u64 {}
+
+impl Place {
+    /// Its guest-physical address.
+    pub fn address(self) -> u64 {
+        self.0.expose_provenance() as u64
+    }
+
+    /// The value `offset` bytes further, which wraps inside the page. What is read later in the program is read later.
+    pub fn get<T: Word>(self, offset: usize) -> T {
+        let at = self.0.wrapping_add(offset & (PAGE - size_of::<T>())).cast::<T>();
+        // SAFETY: inside the page and aligned by the mask; every bit pattern is a value.
+        let value = unsafe { at.read_volatile() };
+        compiler_fence(Ordering::SeqCst);
+        value
+    }
+
+    /// Writes the value `offset` bytes further, which wraps inside the page. What is written before in the program is written before.
+    pub fn put<T: Word>(self, offset: usize, value: T) {
+        compiler_fence(Ordering::SeqCst);
+        let at = self.0.wrapping_add(offset & (PAGE - size_of::<T>())).cast::<T>();
+        // SAFETY: as above; no reference to the page exists.
+        unsafe { at.write_volatile(value) }
+    }
+
+    /// Copies bytes out.
+    pub fn read(self, offset: usize, to: &mut [u8]) {
+        to.iter_mut().enumerate().for_each(|(i, byte)| *byte = self.get(offset + i));
+    }
+
+    /// Copies bytes in.
+    pub fn write(self, offset: usize, from: &[u8]) {
+        from.iter().enumerate().for_each(|(i, byte)| self.put(offset + i, *byte));
+    }
+}
+
+/// Memory of one queue: descriptors, driver area, device area.
+pub type RingMemory = Pages<3>;
 
 /// Both rings: flags, index, entries.
 const FLAGS: usize = 0;
@@ -20,6 +104,7 @@ const SUPPRESSED: u16 = 1;
 const NEVER: u16 = 0x4000;
 
 /// A queue.
+#[derive(Debug)]
 pub struct Ring {
     table: Place,
     avail: Place,
@@ -38,9 +123,14 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Gives the device the queue `number`, empty.
-    pub fn enable(device: &Device, number: usize, event_idx: bool) -> Option<Self> {
-        let [table, avail, used] = [0, 1, 2].map(|part| Place::ring(number, part));
+    /// Gives the device the queue `number`, empty, in memory that no other queue has.
+    pub fn enable(
+        device: &Device,
+        number: usize,
+        memory: &'static RingMemory,
+        event_idx: bool,
+    ) -> Option<Self> {
+        let [table, avail, used] = [0, 1, 2].map(|part| memory.page(part));
         for part in [table, avail, used] {
             (0..4096 / 8).for_each(|word| part.put(8 * word, 0u64));
         }
