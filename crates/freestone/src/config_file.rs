@@ -99,7 +99,9 @@ fn known() -> Vec<Arg> {
     command.build();
     let run = command.find_subcommand("run");
     let args = run.into_iter().flat_map(clap::Command::get_arguments);
-    let own = |arg: &&Arg| !arg.is_hide_set() && !matches!(arg.get_long(), None | Some("config" | "help" | "version"));
+    let own = |arg: &&Arg| {
+        !arg.is_hide_set() && !matches!(arg.get_long(), None | Some("config" | "help" | "version"))
+    };
     args.filter(own).cloned().collect()
 }
 
@@ -253,8 +255,12 @@ mod tests {
         let path = path.to_str().unwrap();
         let args = of(&["freestone", "run", "--config", path, "--rng"]).unwrap();
         assert_eq!(args, ["freestone", "run", "--cpus=2", "--rng"].map(OsString::from));
-        assert!(of(&["freestone", "run", "--config", "/nowhere"]).unwrap_err().to_string().contains("/nowhere"));
-        assert!(of(&["freestone", "run", "--config=a", "--config=b"]).unwrap_err().to_string().contains("twice"));
+        assert!(
+            of(&["freestone", "run", "--config", "/nowhere"]).unwrap_err().to_string().contains("/nowhere")
+        );
+        assert!(
+            of(&["freestone", "run", "--config=a", "--config=b"]).unwrap_err().to_string().contains("twice")
+        );
         assert_eq!(of(&["freestone", "ps"]).unwrap(), ["freestone", "ps"].map(OsString::from));
     }
 }

@@ -82,7 +82,11 @@ pub(crate) fn conduct(
 }
 
 /// Serves a control socket on a thread of its own.
-fn listen(vm: &Vm, path: &Path, name: Option<String>) -> Result<(Task<ControlServer>, ThreadSpawner), Failure> {
+fn listen(
+    vm: &Vm,
+    path: &Path,
+    name: Option<String>,
+) -> Result<(Task<ControlServer>, ThreadSpawner), Failure> {
     let life = Life::new(vm.commander(), name);
     let server = ControlServer::bind(path, Arc::clone(&vm.controls), Some(life))
         .map_err(|e| Failure::new(format!("cannot listen for control at {}: {e}", path.display())))?;

@@ -104,7 +104,9 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        for machine in serde_json::from_slice::<Vec<Value>>(&self.output(&["ps", "--all", "--json"]).stdout).unwrap_or_default() {
+        for machine in serde_json::from_slice::<Vec<Value>>(&self.output(&["ps", "--all", "--json"]).stdout)
+            .unwrap_or_default()
+        {
             drop(self.output(&["rm", "--force", machine["name"].as_str().unwrap_or_default()]));
         }
     }
@@ -126,7 +128,10 @@ fn a_machine_lives_by_commands_alone_and_leaves_nothing() {
     let host = Host::new();
     host.start("web", &["--cpus", "2", "--vsock", "v.sock", "--net", "user,hostfwd=tcp:127.0.0.1:0-:22"]);
     let web = host.machine("web");
-    assert_eq!((&web["state"], &web["cpus"], &web["memory"]), (&json!("running"), &json!(2), &json!(32 << 20)));
+    assert_eq!(
+        (&web["state"], &web["cpus"], &web["memory"]),
+        (&json!("running"), &json!(2), &json!(32 << 20))
+    );
     assert!(web["ports"][0].as_str().unwrap().starts_with("tcp:127.0.0.1:"), "{web}");
 
     assert_eq!(host.ok(&["pause", "web"]), "web\n");
@@ -135,7 +140,8 @@ fn a_machine_lives_by_commands_alone_and_leaves_nothing() {
     assert_eq!((&resumed["name"], &resumed["ok"]["state"]), (&json!("web"), &json!("running")));
     assert!(host.types("web", "again").contains("echo: again"));
     assert!(host.ok(&["logs", "web", "--console"]).contains("echo: again"));
-    let stats: Value = serde_json::from_str(&host.ok(&["stats", "web", "--interval", "0", "--json"])).unwrap();
+    let stats: Value =
+        serde_json::from_str(&host.ok(&["stats", "web", "--interval", "0", "--json"])).unwrap();
     assert!(stats["exits"][0]["count"].as_u64().unwrap() > 0, "{stats}");
     assert!(stats["memory"]["rss"].as_u64().unwrap() > 0, "{stats}");
     assert!(host.ok(&["ctl", "web", "stats"]).contains("net0"));
@@ -299,12 +305,17 @@ fn a_configuration_file_is_what_the_options_are() {
     let host = Host::new();
     let folder = host.dir.path().join("conf");
     fs::create_dir(&folder).unwrap();
-    fs::write(folder.join("vm.toml"), "kernel = \"../echo\"\nmemory = 48\ncpus = 2\nname = \"file\"\n").unwrap();
+    fs::write(folder.join("vm.toml"), "kernel = \"../echo\"\nmemory = 48\ncpus = 2\nname = \"file\"\n")
+        .unwrap();
     assert_eq!(host.ok(&["run", "--config", "conf/vm.toml", "--detach", "--cpus", "1"]), "file\n");
     let machine = host.machine("file");
     assert_eq!((&machine["memory"], &machine["cpus"]), (&json!(48 << 20), &json!(1)));
     fs::write(folder.join("bad.toml"), "memory = 48\n\ncpu = 2\n").unwrap();
-    host.fails(&["run", "--config", "conf/bad.toml"], 2, &["bad.toml:3", "\"cpu\"", "did you mean \"cpus\"?"]);
+    host.fails(
+        &["run", "--config", "conf/bad.toml"],
+        2,
+        &["bad.toml:3", "\"cpu\"", "did you mean \"cpus\"?"],
+    );
 }
 
 #[test]

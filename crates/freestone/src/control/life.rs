@@ -128,7 +128,11 @@ impl Life {
     }
 }
 
-fn paths(dir: Option<PathBuf>, state: Option<PathBuf>, memory: Option<PathBuf>) -> Result<StorePaths, Failure> {
+fn paths(
+    dir: Option<PathBuf>,
+    state: Option<PathBuf>,
+    memory: Option<PathBuf>,
+) -> Result<StorePaths, Failure> {
     match (dir, state, memory) {
         (Some(dir), None, None) => Ok(StorePaths::in_folder(dir)),
         (None, Some(state), Some(memory)) => Ok(StorePaths::files(state, memory)),
@@ -147,9 +151,8 @@ fn exits(vcpus: &[Snapshot]) -> Value {
             "handling_p99_ns": ns(row.handling.percentile(99)),
         })
     };
-    let vcpu = |snapshot: &Snapshot| {
-        snapshot.rows().iter().filter(|row| row.count > 0).map(row).collect::<Vec<_>>()
-    };
+    let vcpu =
+        |snapshot: &Snapshot| snapshot.rows().iter().filter(|row| row.count > 0).map(row).collect::<Vec<_>>();
     json!({ "vcpus": vcpus.iter().map(vcpu).collect::<Vec<_>>() })
 }
 

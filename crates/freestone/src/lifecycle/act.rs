@@ -124,7 +124,10 @@ fn each(
 }
 
 /// Prints outcomes as they come; the exit status of all.
-fn tell<'a>(outcomes: impl Iterator<Item = (&'a str, Result<Value, Failure>)>, json: bool) -> Result<ExitCode, Failure> {
+fn tell<'a>(
+    outcomes: impl Iterator<Item = (&'a str, Result<Value, Failure>)>,
+    json: bool,
+) -> Result<ExitCode, Failure> {
     let mut status = 0;
     for (name, outcome) in outcomes {
         match outcome {

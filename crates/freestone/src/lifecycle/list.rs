@@ -65,7 +65,8 @@ pub(crate) fn row(entry: &Entry) -> Value {
 
 /// The forwards of user networks, as `tcp:127.0.0.1:2222->:22`.
 fn ports(net: &Value) -> Vec<String> {
-    let list = |value: &Value, at: &str| value.pointer(at).and_then(Value::as_array).cloned().unwrap_or_default();
+    let list =
+        |value: &Value, at: &str| value.pointer(at).and_then(Value::as_array).cloned().unwrap_or_default();
     let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or("?").to_owned();
     let forwards = list(net, "/nics").into_iter().flat_map(|nic| list(&nic, "/user/forwards"));
     forwards
@@ -135,7 +136,9 @@ mod tests {
 
     #[test]
     fn durations_are_told_in_two_units_at_most() {
-        for (seconds, text) in [(0, "0s"), (59, "59s"), (187, "3m 7s"), (18_720, "5h 12m"), (792_000, "9d 4h")] {
+        for (seconds, text) in
+            [(0, "0s"), (59, "59s"), (187, "3m 7s"), (18_720, "5h 12m"), (792_000, "9d 4h")]
+        {
             assert_eq!(duration(seconds), text);
         }
     }

@@ -104,7 +104,8 @@ pub(crate) fn snapshot(args: &Snapshot) -> Result<ExitCode, Failure> {
         What::Create(create) => {
             let report = create.run()?;
             let bytes = |key: &str| size::display(report.get(key).and_then(Value::as_u64).unwrap_or(0));
-            let text = format!("{}: {} of {} written", create.dir.display(), bytes("written"), bytes("memory"));
+            let text =
+                format!("{}: {} of {} written", create.dir.display(), bytes("written"), bytes("memory"));
             tell(args.json, &report, &text)?;
         }
         What::Info { dirs } => {
@@ -170,7 +171,9 @@ pub(super) fn hold(entry: &Entry) -> Result<bool, Failure> {
 fn make_folder(dir: &Path) -> Result<(), Failure> {
     let made = DirBuilder::new().mode(0o700).create(dir);
     match made {
-        Err(e) if !dir.is_dir() => Err(Failure::new(format!("cannot make the folder {}: {e}", dir.display()))),
+        Err(e) if !dir.is_dir() => {
+            Err(Failure::new(format!("cannot make the folder {}: {e}", dir.display())))
+        }
         _ => Ok(()),
     }
 }
@@ -179,7 +182,11 @@ fn make_folder(dir: &Path) -> Result<(), Failure> {
 pub(super) fn paths(dir: &Path) -> Result<StorePaths, Failure> {
     let paths = StorePaths::in_folder(dir);
     if !paths.state().exists() {
-        return Err(Failure::new(format!("there is no snapshot in {}: {} is missing", dir.display(), paths.state().display())));
+        return Err(Failure::new(format!(
+            "there is no snapshot in {}: {} is missing",
+            dir.display(),
+            paths.state().display()
+        )));
     }
     Ok(paths)
 }
@@ -188,15 +195,19 @@ fn info(dir: &Path) -> Result<(Value, String), Failure> {
     let paths = paths(dir)?;
     let reader = SnapshotFile::open(paths.state(), Limits::default())?;
     let header = reader.header();
-    let (program, arch, fits) =
-        (header.program().to_owned(), format!("{:?}", header.arch()), header.check_arch(Arch::host()).is_ok());
+    let (program, arch, fits) = (
+        header.program().to_owned(),
+        format!("{:?}", header.arch()),
+        header.check_arch(Arch::host()).is_ok(),
+    );
     let format = header.format();
     let sections = reader.info()?.sections;
     let stored = Stored::open(&paths)?;
     let (memory, machine) = (stored.memory(), stored.machine());
     let base = memory.base().map(|base| base.to_string());
     let bytes = stored.layout().size();
-    let on_disk = stored.memory_file().metadata().map(|found| std::os::unix::fs::MetadataExt::blocks(&found) * 512)?;
+    let on_disk =
+        stored.memory_file().metadata().map(|found| std::os::unix::fs::MetadataExt::blocks(&found) * 512)?;
     let list: Vec<_> = sections
         .iter()
         .map(|section| json!({ "name": section.name, "version": section.version, "bytes": section.length, "optional": section.optional }))
@@ -217,7 +228,12 @@ fn info(dir: &Path) -> Result<(Value, String), Failure> {
         if memory.checksums().is_some() { "with" } else { "without" },
     );
     for section in &sections {
-        text.push_str(&format!("\n  {:<32} version {:<3} {}", section.name, section.version, size::display(section.length)));
+        text.push_str(&format!(
+            "\n  {:<32} version {:<3} {}",
+            section.name,
+            section.version,
+            size::display(section.length)
+        ));
     }
     Ok((value, text))
 }

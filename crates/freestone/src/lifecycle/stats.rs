@@ -231,8 +231,11 @@ pub(crate) fn stats(args: &StatsArgs) -> Result<ExitCode, Failure> {
 
 /// Tables for people.
 pub(crate) fn describe(rates: &Rates) -> String {
-    let mut text =
-        format!("memory: {} resident, {} its share\n", size::display(rates.memory.rss), size::display(rates.memory.pss));
+    let mut text = format!(
+        "memory: {} resident, {} its share\n",
+        size::display(rates.memory.rss),
+        size::display(rates.memory.pss)
+    );
     let mut table = vec![["THREAD", "CPU TIME", "CPU"].map(str::to_owned)];
     table.extend(rates.threads.iter().map(|it| {
         let seconds = Duration::from_millis(it.thread.cpu_ms).as_secs_f64();
@@ -245,8 +248,9 @@ pub(crate) fn describe(rates: &Rates) -> String {
         [exit.reason.clone(), exit.count.to_string(), rate, nanos(exit.handling_p50_ns)]
     }));
     text.push_str(&format!("\n{}", aligned(&table)));
-    let mut table =
-        vec![["QUEUE", "REQUESTS", "PER SECOND", "BYTES/S", "WAIT P50", "WAIT P99", "WORK P50"].map(str::to_owned)];
+    let mut table = vec![
+        ["QUEUE", "REQUESTS", "PER SECOND", "BYTES/S", "WAIT P50", "WAIT P99", "WORK P50"].map(str::to_owned),
+    ];
     table.extend(rates.queues.iter().filter(|it| it.queue.requests > 0).map(|it| {
         [
             format!("{} {}", it.queue.device, it.queue.queue),
@@ -272,7 +276,11 @@ pub(crate) fn nanos(nanos: u64) -> String {
 
 /// Bytes in a second for people.
 pub(crate) fn bytes(rate: f64) -> String {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate is positive and finite")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a rate is positive and finite"
+    )]
     let whole = rate.max(0.0) as u64;
     size::display(whole)
 }

@@ -13,7 +13,8 @@ use crate::failure::Failure;
 use crate::names::Runtime;
 use crate::terminal::{self, RawTerminal};
 
-const HELP: &[u8] = b"\r\nCtrl-A x  leave the console; the machine runs on\r\nCtrl-A a  send Ctrl-A (also Ctrl-A Ctrl-A)\r\n\
+const HELP: &[u8] =
+    b"\r\nCtrl-A x  leave the console; the machine runs on\r\nCtrl-A a  send Ctrl-A (also Ctrl-A Ctrl-A)\r\n\
                       Ctrl-A h  this help\r\n";
 /// Bytes that are moved in one step.
 const CHUNK: usize = 4096;
@@ -40,8 +41,8 @@ pub(crate) fn console(args: &ConsoleArgs) -> Result<ExitCode, Failure> {
     if person {
         eprintln!("freestone: console of {}; Ctrl-A x leaves it", entry.name);
     }
-    let terminal =
-        RawTerminal::enter().map_err(|e| Failure::new(format!("cannot put the terminal into raw mode: {e}")))?;
+    let terminal = RawTerminal::enter()
+        .map_err(|e| Failure::new(format!("cannot put the terminal into raw mode: {e}")))?;
     let left = relay(&socket, person.then(EscapeFilter::new));
     drop(terminal);
     match left {

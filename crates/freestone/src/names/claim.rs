@@ -63,7 +63,11 @@ impl Claim {
             }
         }
         let by = fs::read_to_string(folder.join(LOCK)).unwrap_or_default();
-        Err(Failure::new(format!("the name {:?} is taken by a machine (process {})", name.as_str(), by.trim())))
+        Err(Failure::new(format!(
+            "the name {:?} is taken by a machine (process {})",
+            name.as_str(),
+            by.trim()
+        )))
     }
 
     /// Takes over the lock that the process which started this one has.

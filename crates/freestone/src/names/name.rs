@@ -27,7 +27,8 @@ impl Name {
         // One step of a multiplicative hash is enough to spread them.
         let mixed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let [.., number, what, how] = mixed.to_le_bytes();
-        let word = |words: &[&'static str; 16], at: u8| words.get(usize::from(at & 15)).copied().unwrap_or("vm");
+        let word =
+            |words: &[&'static str; 16], at: u8| words.get(usize::from(at & 15)).copied().unwrap_or("vm");
         Self(format!("{}-{}-{number}", word(&HOW, how), word(&WHAT, what)))
     }
 
@@ -46,7 +47,8 @@ impl FromStr for Name {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if !(1..=MAX_LEN).contains(&text.len()) || !text.chars().all(allowed) || text.starts_with(['.', '-']) {
+        if !(1..=MAX_LEN).contains(&text.len()) || !text.chars().all(allowed) || text.starts_with(['.', '-'])
+        {
             return Err(format!(
                 "say 1 to {MAX_LEN} letters, digits, dots, dashes and underscores, no dot or dash first"
             ));

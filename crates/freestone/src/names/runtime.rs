@@ -43,9 +43,10 @@ impl Runtime {
         let runtime = Self::find();
         match DirBuilder::new().recursive(true).mode(0o700).create(&runtime.folder) {
             // A link, or a file: the check says so.
-            Err(e) if e.kind() != ErrorKind::AlreadyExists => {
-                Err(Failure::new(format!("cannot make the runtime directory {}: {e}", runtime.folder.display())))
-            }
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(Failure::new(format!(
+                "cannot make the runtime directory {}: {e}",
+                runtime.folder.display()
+            ))),
             _ => Ok(()),
         }?;
         runtime.check()?;
@@ -114,7 +115,11 @@ impl Runtime {
                 format!("there is no machine {name:?}; there are: {}", names.join(", "))
             }
         };
-        entries.iter().find(|entry| entry.name.as_str() == name).cloned().ok_or_else(|| Failure::new(unknown()))
+        entries
+            .iter()
+            .find(|entry| entry.name.as_str() == name)
+            .cloned()
+            .ok_or_else(|| Failure::new(unknown()))
     }
 
     /// Takes `name` for this process.

@@ -119,7 +119,12 @@ fn print(args: &Top, mut sampler: Sampler) -> Result<ExitCode, Failure> {
 }
 
 /// Takes frames at its own pace: a machine that does not answer must not hold the keys up.
-fn sample(mut sampler: Sampler, intervals: &Receiver<u64>, frames: &dyn Fn(Result<Frame, Failure>) -> bool, mut interval: u64) {
+fn sample(
+    mut sampler: Sampler,
+    intervals: &Receiver<u64>,
+    frames: &dyn Fn(Result<Frame, Failure>) -> bool,
+    mut interval: u64,
+) {
     loop {
         if !frames(sampler.frame()) {
             return;

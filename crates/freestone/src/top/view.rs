@@ -67,7 +67,11 @@ impl View {
 
     /// Where the machine is that is chosen.
     fn at(&self) -> usize {
-        self.frame.machines.iter().position(|machine| Some(&machine.name) == self.chosen.as_ref()).unwrap_or(0)
+        self.frame
+            .machines
+            .iter()
+            .position(|machine| Some(&machine.name) == self.chosen.as_ref())
+            .unwrap_or(0)
     }
 
     pub(super) fn draw(&self, screen: &mut Screen<'_>) {
@@ -84,9 +88,16 @@ impl View {
         screen.render_widget(Line::styled(self.title(), bold), head);
         self.draw_machines(screen, list);
         let chosen = self.frame.machines.get(self.at());
-        let title = |what: &str| chosen.map_or_else(String::new, |machine| format!(" {what} of {} ", machine.name));
+        let title =
+            |what: &str| chosen.map_or_else(String::new, |machine| format!(" {what} of {} ", machine.name));
         let rows = |machine: Option<&Machine>| machine.map(Machine::exits).unwrap_or_default();
-        draw_table(screen, exits, title("exits"), ["EXIT", "PER SECOND", "COUNT", "HANDLE P50"], rows(chosen));
+        draw_table(
+            screen,
+            exits,
+            title("exits"),
+            ["EXIT", "PER SECOND", "COUNT", "HANDLE P50"],
+            rows(chosen),
+        );
         let rows = chosen.map(Machine::queues).unwrap_or_default();
         let head = ["QUEUE", "PER SECOND", "BYTES/S", "WAIT P50", "WAIT P99", "WORK P50"];
         draw_table(screen, queues, title("queues"), head, rows);
@@ -108,7 +119,8 @@ impl View {
         let room = usize::from(area.height.saturating_sub(1)).max(1);
         let first = (at + 1).saturating_sub(room);
         let rows = self.frame.machines.iter().enumerate().skip(first).take(room).map(|(index, machine)| {
-            let style = if index == at { Style::new().add_modifier(Modifier::REVERSED) } else { Style::new() };
+            let style =
+                if index == at { Style::new().add_modifier(Modifier::REVERSED) } else { Style::new() };
             Row::new(machine.cells()).style(style)
         });
         let widths = [24, 9, 7, 10, 10, 10, 10, 10].map(Constraint::Min);
