@@ -7,7 +7,9 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::control::Ctl;
 use crate::disk::DiskSpec;
+use crate::lifecycle::{ConsoleArgs, Fork, Logs, Many, Ps, Restore, Rm, Snapshot, StatsArgs, Stop};
 use crate::net::{self, NetSpec};
+use crate::place::PlaceArgs;
 use crate::size;
 use crate::specs::{BalloonSpec, HotplugSpec, PmemSpec, RngSpec, VsockSpec};
 
@@ -64,6 +66,30 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run a virtual machine with its console on this terminal.
     Run(Box<Run>),
+    /// List machines: those that run, or all.
+    Ps(Ps),
+    /// Have guest and devices of machines stand still.
+    Pause(Many),
+    /// Have paused machines go on.
+    Resume(Many),
+    /// Stop machines: ask the guest to power off, and end what does not.
+    Stop(Stop),
+    /// Kill the processes of machines.
+    Kill(Many),
+    /// Remove what is left of machines that do not run any more.
+    Rm(Rm),
+    /// Show what a detached machine wrote.
+    Logs(Logs),
+    /// Connect this terminal with the console of a detached machine. Ctrl-A x leaves it.
+    Console(ConsoleArgs),
+    /// Show what a machine costs: exits, queues, memory, processor time.
+    Stats(StatsArgs),
+    /// Save machines to files, and describe, check and join what was saved.
+    Snapshot(Snapshot),
+    /// Run a machine that was saved.
+    Restore(Box<Restore>),
+    /// Make many machines of one, that share its memory until they write to it.
+    Fork(Fork),
     /// Ask a running machine: statistics, disks, balloon, memory, network.
     Ctl(Ctl),
     /// Show and change the network of a running machine: cards, forwards, flows, counters, links.
@@ -183,6 +209,13 @@ pub(crate) struct Run {
     /// Which console of the guest is on this terminal.
     #[arg(long, value_enum, value_name = "KIND", default_value_t = ConsoleKind::Serial)]
     pub(crate) console: ConsoleKind,
+
+    #[command(flatten)]
+    pub(crate) place: PlaceArgs,
+
+    /// Count exits, as with `stats`, but do not print them.
+    #[arg(skip)]
+    pub(crate) count_exits: bool,
 
     /// Listen for `freestone ctl` at this socket.
     #[arg(long, value_name = "SOCKET")]

@@ -21,17 +21,28 @@ use crate::terminal::{self, RawTerminal};
 /// It is plugged in before there is a machine to stop, so the handle is filled in later.
 pub(crate) struct Console {
     machine: Arc<OnceLock<MachineHandle>>,
+    /// Where it leads, if not to standard input and output.
+    end: Option<UnixStream>,
 }
 
 impl Console {
     /// A console that nothing is connected to yet. Escape keys (Ctrl-A x) work only on a terminal: piped input is all the
     /// guest's.
     pub(crate) fn new() -> Self {
-        Self { machine: Arc::default() }
+        Self { machine: Arc::default(), end: None }
+    }
+
+    /// A console at one end of a pair of sockets, which does not block.
+    pub(crate) fn on(end: UnixStream) -> Self {
+        Self { machine: Arc::default(), end: Some(end) }
     }
 
     /// The first serial port.
     pub(crate) fn serial(&self) -> Result<SerialPlug, Failure> {
+        if let Some(end) = &self.end {
+            let input = SerialInput::new(end.try_clone()?);
+            return Ok(SerialPlug::com1(end.try_clone()?, Some(input)));
+        }
         let mut input = SerialInput::stdin()?;
         if terminal::is_terminal() {
             input = input.escapes(self.keys());
@@ -41,6 +52,10 @@ impl Console {
 
     /// A virtio console of the size of the terminal.
     pub(crate) fn virtio(&self) -> Result<console::Console, Failure> {
+        if let Some(end) = &self.end {
+            let port = Port::console().input(Line(Arc::new(end.try_clone()?))).output(end.try_clone()?);
+            return Ok(console::Console::new(vec![port])?);
+        }
         let filter = terminal::is_terminal().then(EscapeFilter::new);
         let stdin = io::stdin().as_fd().try_clone_to_owned()?;
         let input = Keyboard { stdin: Arc::new(stdin), filter, act: Box::new(self.keys()) };
@@ -68,7 +83,23 @@ impl Console {
     /// Connects the keys to `machine` and takes the terminal until the guard is dropped.
     pub(crate) fn attach(&self, machine: MachineHandle) -> Result<Option<RawTerminal>, Failure> {
         let _ = self.machine.set(machine);
+        if self.end.is_some() {
+            return Ok(None);
+        }
         RawTerminal::enter().map_err(|e| Failure::new(format!("cannot put the terminal into raw mode: {e}")))
+    }
+}
+
+/// A socket as input of a virtio console.
+struct Line(Arc<UnixStream>);
+
+impl PortInput for Line {
+    fn source(&self) -> Option<Source> {
+        Some(Arc::clone(&self.0) as Source)
+    }
+
+    fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
+        (&*self.0).read(data)
     }
 }
 

@@ -27,6 +27,16 @@ impl Failure {
         Self { message: message.into(), status: USAGE }
     }
 
+    /// What another process of this program failed with.
+    pub(crate) fn with_status(message: impl Into<String>, status: u8) -> Self {
+        Self { message: message.into(), status }
+    }
+
+    /// The exit status.
+    pub(crate) fn status(&self) -> u8 {
+        self.status
+    }
+
     pub(crate) fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.status)
     }

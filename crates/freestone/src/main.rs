@@ -11,11 +11,15 @@ mod disk;
 mod doctor;
 mod failure;
 mod files;
+mod hub;
 mod image;
+mod lifecycle;
 mod log;
 mod machine;
+mod names;
 mod net;
 mod options;
+mod place;
 mod probe;
 mod run;
 mod signals;
@@ -33,16 +37,29 @@ use clap::error::ErrorKind;
 use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let args: Vec<_> = std::env::args_os().collect();
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let outcome = log::to_stderr(&cli.log).and_then(|()| match &cli.command {
-        Command::Run(args) => run::run(args),
-        Command::Ctl(args) => control::ctl(args),
-        Command::Net(args) => control::net(args),
-        Command::Doctor(args) => doctor::doctor(args),
-        Command::Image(args) => image::image(args),
+    let outcome = log::to_stderr(&cli.log).and_then(|()| match cli.command {
+        Command::Run(run) => run::run(*run, &args),
+        Command::Ps(args) => lifecycle::ps(&args),
+        Command::Pause(args) => lifecycle::pause(&args),
+        Command::Resume(args) => lifecycle::resume(&args),
+        Command::Stop(args) => lifecycle::stop(&args),
+        Command::Kill(args) => lifecycle::kill(&args),
+        Command::Rm(args) => lifecycle::rm(&args),
+        Command::Logs(args) => lifecycle::logs(&args),
+        Command::Console(args) => lifecycle::console(&args),
+        Command::Stats(args) => lifecycle::stats(&args),
+        Command::Snapshot(args) => lifecycle::snapshot(&args),
+        Command::Restore(args) => lifecycle::restore(&args),
+        Command::Fork(args) => lifecycle::fork(&args),
+        Command::Ctl(args) => control::ctl(&args),
+        Command::Net(args) => control::net(&args),
+        Command::Doctor(args) => doctor::doctor(&args),
+        Command::Image(args) => image::image(&args),
     });
     outcome.unwrap_or_else(|failure| {
         eprintln!("freestone: {failure}");

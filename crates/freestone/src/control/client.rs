@@ -2,13 +2,14 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
+use super::Target;
 use super::protocol::{Request, describe};
 use crate::failure::Failure;
 use crate::{disk, net, size};
@@ -27,11 +28,14 @@ Examples, for a machine that was started by
   truncate -s 20G disk.img; freestone ctl vm.ctl disk vda refresh
   freestone ctl vm.ctl disk vda limit --bandwidth 50M --iops 1000
   freestone ctl vm.ctl balloon 512M
+A machine that has a name, by `freestone run --name web`, goes by it:
+  freestone ctl web stats
 
 Exit status: 0 the machine did it, 1 it did not or could not be reached, 2 wrong usage.")]
 pub(crate) struct Ctl {
-    /// The socket that `freestone run --control` was given.
-    socket: PathBuf,
+    /// The machine: its name, or the socket that `freestone run --control` was given.
+    #[arg(value_name = "MACHINE")]
+    target: Target,
 
     /// Print the machine's answer as it is, in JSON.
     #[arg(long, global = true)]
@@ -104,10 +108,10 @@ impl What {
 /// Asks and prints the answer.
 pub(crate) fn ctl(args: &Ctl) -> Result<ExitCode, Failure> {
     if let What::Net { what } = &args.what {
-        return about_net(&args.socket, args.json, what.as_ref().unwrap_or(&net::What::Show));
+        return about_net(&args.target.socket()?, args.json, what.as_ref().unwrap_or(&net::What::Show));
     }
     let request = args.what.request();
-    let answer = ask(&args.socket, &request)?;
+    let answer = ask(&args.target.socket()?, &request)?;
     if args.json {
         println!("{answer}");
     } else {
@@ -118,7 +122,7 @@ pub(crate) fn ctl(args: &Ctl) -> Result<ExitCode, Failure> {
 
 /// Asks about the network and prints the answer.
 pub(crate) fn net(args: &net::Net) -> Result<ExitCode, Failure> {
-    about_net(&args.socket, args.json, &args.what())
+    about_net(&args.target.socket()?, args.json, &args.what())
 }
 
 fn about_net(socket: &Path, json: bool, what: &net::What) -> Result<ExitCode, Failure> {
@@ -132,8 +136,18 @@ fn about_net(socket: &Path, json: bool, what: &net::What) -> Result<ExitCode, Fa
 }
 
 /// What the machine answers, if it did what it was asked.
-fn ask(socket: &Path, request: &Request) -> Result<Value, Failure> {
-    let mut answer = exchange(socket, request)?;
+pub(crate) fn ask(socket: &Path, request: &Request) -> Result<Value, Failure> {
+    ask_with(socket, request, LIMIT, |_, _| {})
+}
+
+/// The same, where `progress` is told of bytes done and bytes in all, and nothing may be silent for longer than `limit`.
+pub(crate) fn ask_with(
+    socket: &Path,
+    request: &Request,
+    limit: Duration,
+    progress: impl FnMut(u64, u64),
+) -> Result<Value, Failure> {
+    let mut answer = exchange(socket, request, limit, progress)?;
     if let Some(error) = answer.get("error").and_then(Value::as_str) {
         return Err(Failure::new(error));
     }
@@ -141,16 +155,30 @@ fn ask(socket: &Path, request: &Request) -> Result<Value, Failure> {
     Ok(answer.take())
 }
 
-fn exchange(socket: &Path, request: &Request) -> Result<Value, Failure> {
+fn exchange(
+    socket: &Path,
+    request: &Request,
+    limit: Duration,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<Value, Failure> {
     let path = socket.display();
     let failed =
         |what: &str, error: &dyn std::fmt::Display| Failure::new(format!("cannot {what} {path}: {error}"));
     let mut stream = UnixStream::connect(socket).map_err(|e| failed("connect to", &e))?;
-    stream.set_read_timeout(Some(LIMIT)).map_err(|e| failed("use", &e))?;
+    stream.set_read_timeout(Some(limit)).map_err(|e| failed("use", &e))?;
     let mut line = serde_json::to_string(request)?;
     line.push('\n');
     stream.write_all(line.as_bytes()).map_err(|e| failed("write to", &e))?;
-    let mut answer = String::new();
-    BufReader::new(stream.take(MAX_ANSWER)).read_line(&mut answer).map_err(|e| failed("read from", &e))?;
-    serde_json::from_str(&answer).map_err(|e| failed("understand", &e))
+    let mut lines = BufReader::new(stream.take(MAX_ANSWER));
+    loop {
+        let mut answer = String::new();
+        lines.read_line(&mut answer).map_err(|e| failed("read from", &e))?;
+        if answer.is_empty() {
+            return Err(Failure::new("the machine has ended"));
+        }
+        let answer: Value = serde_json::from_str(&answer).map_err(|e| failed("understand", &e))?;
+        let Some(part) = answer.get("progress") else { return Ok(answer) };
+        let number = |key: &str| part.get(key).and_then(Value::as_u64).unwrap_or(0);
+        progress(number("done"), number("total"));
+    }
 }

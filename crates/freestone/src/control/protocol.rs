@@ -1,5 +1,7 @@
 //! What can be asked of a running machine, and the answers.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -16,6 +18,37 @@ use crate::size;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) enum Request {
+    /// What the machine is doing.
+    Status,
+    /// Has guest and devices stand still.
+    Pause,
+    /// Has them go on.
+    Resume,
+    /// Asks the guest to power off, as by its power button; a guest without one, or with `force`, is ended.
+    Stop {
+        /// Ends the machine without asking.
+        #[serde(default)]
+        force: bool,
+    },
+    /// How often each vCPU left the guest, and why.
+    Exits,
+    /// Saves the machine, which must be paused, to a folder, or to two files.
+    Snapshot {
+        /// The folder.
+        dir: Option<PathBuf>,
+        /// File for the state.
+        state: Option<PathBuf>,
+        /// File for the memory.
+        memory: Option<PathBuf>,
+        /// Only what was written since the last one.
+        #[serde(default)]
+        diff: bool,
+    },
+    /// Makes a template of the machine, which must be paused: two files of its process, a snapshot that children are restored
+    /// from. It is there until the next one is made, or it is dropped.
+    Fork,
+    /// Drops the template.
+    ForkEnd,
     /// What the devices' queues counted.
     Stats,
     /// Looks at a disk's image again and tells the guest its size.
@@ -92,6 +125,11 @@ pub(crate) enum Request {
     },
 }
 
+/// A line as a request.
+pub(super) fn read(line: &[u8]) -> Result<Request, String> {
+    serde_json::from_slice(line).map_err(|error| format!("not a request: {error}"))
+}
+
 /// The devices of a machine that can be controlled.
 #[derive(Debug, Default)]
 pub(crate) struct Controls {
@@ -104,12 +142,9 @@ pub(crate) struct Controls {
 }
 
 impl Controls {
-    /// Answers one line.
-    pub(super) fn answer(&self, line: &[u8]) -> String {
-        let answer = serde_json::from_slice(line)
-            .map_err(|error| format!("not a request: {error}"))
-            .and_then(|request| self.carry_out(request));
-        match answer {
+    /// Answers a request that needs nothing but the devices.
+    pub(super) fn answer(&self, request: Result<Request, String>) -> String {
+        match request.and_then(|request| self.carry_out(request)) {
             Ok(value) => json!({ "ok": value }),
             Err(message) => json!({ "error": message }),
         }
@@ -147,6 +182,14 @@ impl Controls {
                 let (requested, plugged) = (memory.requested(), memory.plugged());
                 Ok(json!({ "requested": requested, "plugged": plugged, "most": memory.region_size() }))
             }
+            Request::Status
+            | Request::Pause
+            | Request::Resume
+            | Request::Stop { .. }
+            | Request::Exits
+            | Request::Snapshot { .. }
+            | Request::Fork
+            | Request::ForkEnd => Err("this machine's life is not controlled here".to_owned()),
             request => self.nics.carry_out(request),
         }
     }
@@ -280,14 +323,14 @@ mod tests {
             ("{\"op\": \"balloon\"}", "--balloon"),
             ("{\"op\": \"disk-refresh\", \"disk\": \"vdz\"}", "vdz"),
         ] {
-            let answer = controls.answer(line.as_bytes());
+            let answer = controls.answer(read(line.as_bytes()));
             assert!(answer.starts_with("{\"error\":") && answer.contains(part), "{line}: {answer}");
         }
     }
 
     #[test]
     fn statistics_of_a_machine_without_devices_are_empty() {
-        let answer = Controls::default().answer(b"{\"op\": \"stats\"}");
+        let answer = Controls::default().answer(read(b"{\"op\": \"stats\"}"));
         assert_eq!(answer, "{\"ok\":{\"devices\":[],\"entropy_bytes\":null}}");
     }
 

@@ -1,4 +1,4 @@
-//! The control socket as work on the machine's event loop.
+//! The control socket as work on an event loop.
 
 use std::fmt;
 use std::fs;
@@ -12,7 +12,8 @@ use std::sync::Arc;
 use freestone_vmm::bus::{Progress, Source, Work};
 use rustix::event::epoll;
 
-use super::protocol::Controls;
+use super::life::{Address, Life, Mailbox};
+use super::protocol::{self, Controls};
 
 /// Clients at a time; more wait in the socket's queue.
 const MAX_CLIENTS: usize = 8;
@@ -20,6 +21,8 @@ const MAX_CLIENTS: usize = 8;
 const MAX_REQUEST: usize = 4096;
 /// The listening socket among the events.
 const LISTENER: u64 = u64::MAX;
+/// The bell of the mailbox.
+const BELL: u64 = u64::MAX - 1;
 
 /// Serves the control socket; dropping it removes the socket.
 pub(crate) struct ControlServer {
@@ -28,25 +31,44 @@ pub(crate) struct ControlServer {
     epoll: Arc<rustix::fd::OwnedFd>,
     clients: Vec<Option<Client>>,
     controls: Arc<Controls>,
+    life: Option<Life>,
+    mailbox: Mailbox,
+    /// Clients that there were.
+    turns: u64,
 }
 
 struct Client {
     stream: UnixStream,
+    turn: u64,
+    /// The answer to its last request is still to come.
+    waits: bool,
     input: Vec<u8>,
     output: Vec<u8>,
 }
 
 impl ControlServer {
     /// Listens at `path`. A socket that nobody listens at any more is replaced; any other file is an error.
-    pub(crate) fn bind(path: &Path, controls: Arc<Controls>) -> io::Result<Self> {
+    ///
+    /// Without a `life`, only the devices are controlled.
+    pub(crate) fn bind(path: &Path, controls: Arc<Controls>, life: Option<Life>) -> io::Result<Self> {
         remove_stale(path)?;
         let listener = UnixListener::bind(path)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
-        let clients = (0..MAX_CLIENTS).map(|_| None).collect();
-        Ok(Self { listener, path: path.to_owned(), epoll: Arc::new(epoll), clients, controls })
+        let mailbox = Mailbox::new()?;
+        epoll::add(&epoll, mailbox.bell(), epoll::EventData::new_u64(BELL), epoll::EventFlags::IN)?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+            epoll: Arc::new(epoll),
+            clients: (0..MAX_CLIENTS).map(|_| None).collect(),
+            controls,
+            life,
+            mailbox,
+            turns: 0,
+        })
     }
 
     /// Takes up a client; whether it did. The host may have no descriptor left: then nothing is gained by trying again at once.
@@ -60,7 +82,9 @@ impl ControlServer {
             .and_then(|()| Ok(epoll::add(&*self.epoll, &stream, token, epoll::EventFlags::IN)?));
         match (watched, self.clients.get_mut(slot)) {
             (Ok(()), Some(place)) => {
-                *place = Some(Client { stream, input: Vec::new(), output: Vec::new() });
+                self.turns += 1;
+                let turn = self.turns;
+                *place = Some(Client { stream, turn, waits: false, input: Vec::new(), output: Vec::new() });
             }
             (Err(error), _) => tracing::warn!(%error, "cannot serve a control client"),
             (Ok(()), None) => {}
@@ -68,29 +92,57 @@ impl ControlServer {
         true
     }
 
-    fn serve(&mut self, slot: u64) {
-        let Some(place) = usize::try_from(slot).ok().and_then(|slot| self.clients.get_mut(slot)) else {
-            return;
-        };
+    /// Gives the client in `slot` a turn. If it is `gone`, that is its last.
+    fn serve(&mut self, slot: usize, gone: bool) {
+        let Some(place) = self.clients.get_mut(slot) else { return };
         let Some(client) = place else { return };
-        if client.turn(&self.controls).is_err() {
+        let to = Address { slot, turn: client.turn };
+        let answer = |line: &[u8]| match (protocol::read(line), &self.life) {
+            (Ok(request), Some(life)) => {
+                let (request, _) = life.carry_out(request, self.mailbox.reply(to))?;
+                Some(self.controls.answer(Ok(request)))
+            }
+            (request, _) => Some(self.controls.answer(request)),
+        };
+        if client.turn(answer).is_err() || gone {
             // The descriptor leaves the epoll set when it is closed.
             *place = None;
             return;
         }
-        let events = if client.output.is_empty() { epoll::EventFlags::IN } else { epoll::EventFlags::OUT };
-        if epoll::modify(&*self.epoll, &client.stream, epoll::EventData::new_u64(slot), events).is_err() {
+        let events = match (client.output.is_empty(), client.waits) {
+            (false, _) => epoll::EventFlags::OUT,
+            // Whoever leaves is noticed all the same.
+            (true, true) => epoll::EventFlags::empty(),
+            (true, false) => epoll::EventFlags::IN,
+        };
+        let data = epoll::EventData::new_u64(slot as u64);
+        if epoll::modify(&*self.epoll, &client.stream, data, events).is_err() {
             *place = None;
+        }
+    }
+
+    /// Hands out what arrived in the mailbox.
+    fn deliver(&mut self) {
+        for letter in self.mailbox.collect() {
+            let Some(Some(client)) = self.clients.get_mut(letter.to.slot) else { continue };
+            // The one who asked may have left, or not have read the line before: progress is not worth waiting for.
+            if client.turn != letter.to.turn || (!letter.last && !client.output.is_empty()) {
+                continue;
+            }
+            client.output.extend_from_slice(letter.line.as_bytes());
+            client.output.push(b'\n');
+            client.waits &= !letter.last;
+            self.serve(letter.to.slot, false);
         }
     }
 }
 
 impl Client {
     /// Answers what is there. An error means that the client is done with.
-    fn turn(&mut self, controls: &Controls) -> io::Result<()> {
+    fn turn(&mut self, mut answer: impl FnMut(&[u8]) -> Option<String>) -> io::Result<()> {
         self.write()?;
-        // One request at a time: the next is read when its answer was taken.
-        if !self.output.is_empty() {
+        // One request at a time: the next is read when the answer was taken.
+        if !self.output.is_empty() || self.waits {
             return Ok(());
         }
         let mut bytes = [0; 1024];
@@ -100,10 +152,17 @@ impl Client {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
-        while let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
+        while !self.waits
+            && let Some(end) = self.input.iter().position(|&byte| byte == b'\n')
+        {
             let line: Vec<u8> = self.input.drain(..=end).collect();
-            self.output.extend_from_slice(controls.answer(&line).as_bytes());
-            self.output.push(b'\n');
+            match answer(&line) {
+                Some(text) => {
+                    self.output.extend_from_slice(text.as_bytes());
+                    self.output.push(b'\n');
+                }
+                None => self.waits = true,
+            }
         }
         if self.input.len() > MAX_REQUEST {
             return Err(ErrorKind::InvalidData.into());
@@ -130,7 +189,7 @@ impl Work for ControlServer {
     }
 
     fn process(&mut self) -> Progress {
-        let mut events = Vec::with_capacity(MAX_CLIENTS + 1);
+        let mut events = Vec::with_capacity(MAX_CLIENTS + 2);
         let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
         let ready = epoll::wait(&*self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&now));
         if !matches!(ready, Ok(n) if n > 0) {
@@ -142,8 +201,16 @@ impl Work for ControlServer {
             match event.data.u64() {
                 LISTENER if full => {}
                 LISTENER => served |= self.accept(),
+                BELL => {
+                    self.deliver();
+                    served = true;
+                }
                 slot => {
-                    self.serve(slot);
+                    let flags = event.flags;
+                    let gone = flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR);
+                    if let Ok(slot) = usize::try_from(slot) {
+                        self.serve(slot, gone);
+                    }
                     served = true;
                 }
             }
@@ -195,7 +262,7 @@ mod tests {
     fn server() -> (ControlServer, tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ctl");
-        (ControlServer::bind(&path, Arc::default()).unwrap(), dir, path)
+        (ControlServer::bind(&path, Arc::default(), None).unwrap(), dir, path)
     }
 
     fn settle(server: &mut ControlServer) {
@@ -254,12 +321,12 @@ mod tests {
     #[test]
     fn a_socket_left_behind_is_replaced_and_the_own_one_removed() {
         let (server, dir, path) = server();
-        assert!(ControlServer::bind(&path, Arc::default()).is_err());
+        assert!(ControlServer::bind(&path, Arc::default(), None).is_err());
         drop(server);
         assert!(!path.exists());
         let left = dir.path().join("left");
         drop(UnixListener::bind(&left).unwrap());
-        let server = ControlServer::bind(&left, Arc::default()).unwrap();
+        let server = ControlServer::bind(&left, Arc::default(), None).unwrap();
         assert_eq!(fs::metadata(&left).unwrap().permissions().mode() & 0o777, 0o600);
         drop(server);
     }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::{Cli, Command, Run};
 use crate::failure::Failure;
+use crate::place::PlaceArgs;
 
 /// The most arguments, and bytes of all, that are believed.
 const MAX_ARGS: usize = 4096;
@@ -28,13 +29,16 @@ impl Config {
         Self { args, folder }
     }
 
-    /// From the arguments of this process, if it is `freestone run`. What is not UTF-8 cannot be kept.
-    pub(crate) fn of_process() -> Result<Self, Failure> {
-        let text = |arg: OsString| {
-            arg.into_string().map_err(|arg| Failure::usage(format!("the argument {arg:?} is not UTF-8")))
+    /// From the arguments of a process that is `freestone run`, without those that say where it runs. What is not UTF-8 cannot be
+    /// kept.
+    pub(crate) fn of_process(args: &[OsString]) -> Result<Self, Failure> {
+        let text = |arg: &OsString| {
+            let wrong = || Failure::usage(format!("the argument {arg:?} is not UTF-8"));
+            arg.to_str().map(str::to_owned).ok_or_else(wrong)
         };
-        let args = std::env::args_os().skip_while(|arg| arg != "run").skip(1).map(text);
-        Ok(Self::new(args.collect::<Result<_, _>>()?, std::env::current_dir()?))
+        let args = args.iter().skip_while(|arg| *arg != "run").skip(1).map(text);
+        let args = args.collect::<Result<Vec<_>, _>>()?;
+        Ok(Self::new(without_place(args), std::env::current_dir()?))
     }
 
     /// What the arguments mean, with absolute paths.
@@ -63,6 +67,23 @@ impl Config {
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
     }
+}
+
+/// The arguments that say what a machine is, not where it runs.
+fn without_place(args: Vec<String>) -> Vec<String> {
+    let mut kept = Vec::with_capacity(args.len());
+    let mut args = args.into_iter();
+    while let Some(arg) = args.next() {
+        let (option, value) = arg.split_once('=').map_or((arg.as_str(), None), |(o, v)| (o, Some(v)));
+        if PlaceArgs::OPTIONS.contains(&option) {
+            if value.is_none() {
+                args.next();
+            }
+        } else if !PlaceArgs::SWITCHES.contains(&option) {
+            kept.push(arg);
+        }
+    }
+    kept
 }
 
 /// The configuration in a snapshot: section `freestone`.

@@ -26,6 +26,8 @@ pub(crate) struct RestoreRequest {
     pub(crate) verify: bool,
     /// Whether writes are logged, so that differences to this snapshot can be made.
     pub(crate) track: bool,
+    /// Whether exits are counted.
+    pub(crate) count_exits: bool,
     /// Other resources of the host.
     pub(crate) remap: Remap,
 }
@@ -33,7 +35,14 @@ pub(crate) struct RestoreRequest {
 impl RestoreRequest {
     /// Everything as it was.
     pub(crate) fn new(paths: StorePaths) -> Self {
-        Self { paths, clock: ClockPolicy::Continue, verify: false, track: false, remap: Remap::default() }
+        Self {
+            paths,
+            clock: ClockPolicy::Continue,
+            verify: false,
+            track: false,
+            count_exits: false,
+            remap: Remap::default(),
+        }
     }
 }
 
@@ -130,6 +139,7 @@ pub(crate) fn restore(
     request.remap.apply(&mut run)?;
     run.cpus = stored.machine().cpus();
     run.track_dirty |= request.track;
+    run.count_exits = request.count_exits;
     let memory = stored.map(run.track_dirty)?;
     let id = stored.memory().id();
     let origin = Origin::Restore { sections: stored.sections(), memory, clock: request.clock };

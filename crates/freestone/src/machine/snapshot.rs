@@ -1,7 +1,7 @@
 //! Saving a machine of the reference VMM to files.
 
 use freestone_vmm::snapshot::State;
-use freestone_vmm::store::{StoreOptions, StorePaths, StoreReport};
+use freestone_vmm::store::{StoreOptions, StorePaths, StoreReport, Template};
 
 pub(crate) use freestone_vmm::store::Kind;
 
@@ -37,6 +37,12 @@ impl Vm {
         let mut options = StoreOptions::new(PROGRAM);
         options.kind = request.kind;
         Ok(paused.store(&request.paths, &options, extra, progress)?)
+    }
+
+    /// What children are forked from: the machine, which must be paused, as it is now.
+    pub(crate) fn template(&mut self) -> Result<Template, Failure> {
+        let extra = self.own_sections()?;
+        Ok(self.machine.paused()?.template(PROGRAM, extra, false)?)
     }
 
     /// What a snapshot keeps beside the machine: by what it can be made again.

@@ -81,7 +81,7 @@ impl Vm {
             Origin::Restore { .. } => None,
         };
         let attached = Attached::new(run, console)?;
-        let mut builder = MachineBuilder::new(kvm).cpus(run.cpus).stats(run.stats);
+        let mut builder = MachineBuilder::new(kvm).cpus(run.cpus).stats(run.stats || run.count_exits);
         if run.console == ConsoleKind::Serial {
             builder = builder.device(console.serial()?);
         }
@@ -151,6 +151,11 @@ impl Vm {
     /// Makes guest and devices stand still.
     pub(crate) fn pause(&mut self) -> Result<(), Failure> {
         Ok(self.machine.pause()?)
+    }
+
+    /// Asks the guest to power off, if the machine has a power button; whether it could.
+    pub(crate) fn ask_to_power_off(&mut self) -> bool {
+        false
     }
 
     /// What the machine is doing.

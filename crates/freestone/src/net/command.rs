@@ -1,12 +1,10 @@
 //! `freestone net` and `freestone ctl SOCKET net`: what is asked of a running machine's network, and how it is told.
 
-use std::path::PathBuf;
-
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
 use super::show;
-use crate::control::Request;
+use crate::control::{Request, Target};
 use crate::disk::positive;
 use crate::size;
 
@@ -26,8 +24,9 @@ Examples, for a machine that was started by
 
 Exit status: 0 the machine did it, 1 it did not or could not be reached, 2 wrong usage.")]
 pub(crate) struct Net {
-    /// The socket that `freestone run --control` was given.
-    pub(crate) socket: PathBuf,
+    /// The machine: its name, or the socket that `freestone run --control` was given.
+    #[arg(value_name = "MACHINE")]
+    pub(crate) target: Target,
 
     /// Print JSON.
     #[arg(long, global = true)]
