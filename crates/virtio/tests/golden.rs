@@ -130,6 +130,7 @@ fn virtio_balloon() {
         hint_command: 7,
         poison: 0xaa,
         hint_run: SavedRun::Running,
+        hint_hold: true,
         last_hint_id: 7,
         statistics: Some(statistics),
         statistics_requested: true,

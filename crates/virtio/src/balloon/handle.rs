@@ -47,7 +47,7 @@ pub(super) struct Hinting {
     pub(super) run: HintRun,
     pub(super) last_id: u32,
     /// When the driver has no more hints, it waits for the host.
-    hold: bool,
+    pub(super) hold: bool,
     guest_command: Option<u32>,
 }
 

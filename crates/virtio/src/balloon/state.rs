@@ -24,6 +24,8 @@ pub struct BalloonState {
     pub hint_run: SavedRun,
     /// ID of the last run.
     pub last_hint_id: u32,
+    /// Whether the driver is to wait for the host when it has no more hints.
+    pub hint_hold: bool,
     /// The statistics that the driver sent last, by their tag.
     pub statistics: Option<[Option<u64>; 10]>,
     /// The host asked for statistics, and the driver was not asked yet.
@@ -44,6 +46,8 @@ pub enum SavedRun {
     Requested,
     /// The driver sends hints.
     Running,
+    /// The driver has no more hints and waits.
+    Finished,
 }
 
 impl From<HintRun> for SavedRun {
@@ -52,6 +56,7 @@ impl From<HintRun> for SavedRun {
             HintRun::Idle => Self::Idle,
             HintRun::Requested => Self::Requested,
             HintRun::Running => Self::Running,
+            HintRun::Finished => Self::Finished,
         }
     }
 }
@@ -62,6 +67,7 @@ impl From<SavedRun> for HintRun {
             SavedRun::Idle => Self::Idle,
             SavedRun::Requested => Self::Requested,
             SavedRun::Running => Self::Running,
+            SavedRun::Finished => Self::Finished,
         }
     }
 }
@@ -86,9 +92,9 @@ impl BalloonState {
 impl Balloon {
     pub(super) fn save_state(&self, state: &mut Saving<'_>) -> BusResult<()> {
         let shared = &self.shared;
-        let (hint_run, last_hint_id, hint_command) = {
+        let (hint_run, last_hint_id, hint_hold, hint_command) = {
             let hinting = shared.hinting();
-            (hinting.run.into(), hinting.last_id, shared.command.load(Ordering::Acquire))
+            (hinting.run.into(), hinting.last_id, hinting.hold, shared.command.load(Ordering::Acquire))
         };
         let saved = BalloonState {
             target: shared.target.load(Ordering::Acquire),
@@ -97,6 +103,7 @@ impl Balloon {
             poison: shared.poison.load(Ordering::Acquire),
             hint_run,
             last_hint_id,
+            hint_hold,
             statistics: lock(&shared.statistics).map(BalloonStatistics::to_array),
             statistics_requested: shared.clock.is_requested(),
         };
@@ -118,6 +125,7 @@ impl Balloon {
         let mut hinting = shared.hinting();
         hinting.run = saved.hint_run.into();
         hinting.last_id = saved.last_hint_id;
+        hinting.hold = saved.hint_hold;
         shared.command.store(saved.hint_command, Ordering::Release);
         drop(hinting);
         *lock(&shared.statistics) = saved.statistics.map(BalloonStatistics::from_array);

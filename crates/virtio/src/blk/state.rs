@@ -56,7 +56,7 @@ impl Block {
     /// Nothing is under way: workers wait for that when they stop. Whoever opens the image after this finds all that was written.
     pub(super) fn save_state(&self, state: &mut Saving<'_>) -> BusResult<()> {
         if !self.read_only {
-            self.shared.image.flush().map_err(BusError::io("flush a disk to save its device"))?;
+            self.shared.image().flush().map_err(BusError::io("flush a disk to save its device"))?;
         }
         state.put(&self.state()).map_err(BusError::state("save"))
     }
