@@ -1,5 +1,5 @@
 //! The life of named machines by commands alone: started, listed, paused, saved, restored, forked, stopped, killed, removed.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::fs;
 use std::io::Write;

@@ -178,7 +178,7 @@ fn exits(answer: &Value) -> Vec<Exit> {
             None => exits.push(Exit { reason: reason.to_owned(), count, handling_p50_ns: p50 }),
         }
     }
-    exits.sort_by(|a, b| b.count.cmp(&a.count));
+    exits.sort_by_key(|exit| std::cmp::Reverse(exit.count));
     exits
 }
 
