@@ -359,12 +359,15 @@ fn what_is_saved_after_a_restore_is_what_was_restored() {
     let regs = Regs { rax: 1, rcx: u64::MAX, rdi: DATA, rbx: MMIO, ..Regs::default() };
     let (machine, mut vcpus) = user_mode(&kvm, WORKER, &[regs]);
     let kicker = vcpus[0].kicker();
+    let mut time = Duration::from_millis(3);
     while vcpus[0].regs().unwrap().rcx == u64::MAX {
         thread::scope(|scope| {
             scope.spawn(|| assert_eq!(run(&mut vcpus[0]), Left::Kicked));
-            thread::sleep(Duration::from_millis(3));
+            thread::sleep(time);
             kicker.kick();
         });
+        // A slow host may need more to begin at all.
+        time *= 2;
     }
     let first = save(&machine, &mut vcpus);
     let (machine, mut vcpus) = restore(&kvm, &first);
