@@ -12,12 +12,12 @@ use freestone_bus::{
 };
 use freestone_memory::GuestMem;
 
+use freestone_snapshot::{Restoring, Saving};
 use crate::Result;
 use crate::device::VirtioDevice;
 use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
 use crate::stats::DeviceStats;
 use crate::transport::{DeviceCore, Half, Kicks, QueueArea, TransportOps};
-use freestone_snapshot::{Restoring, Saving};
 
 /// Length of the register window in bytes: registers, then the configuration space.
 pub const MMIO_LEN: u64 = 0x1000;

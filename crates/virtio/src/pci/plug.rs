@@ -6,10 +6,10 @@ use freestone_bus::pci::{PciAddress, PciSegment};
 use freestone_bus::{Device, Plug, Wiring};
 
 use super::{PciTransport, PciWiring};
+use freestone_snapshot::{Restoring, Saving};
 use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
 use crate::stats::DeviceStats;
 use crate::{Result, VirtioDevice};
-use freestone_snapshot::{Restoring, Saving};
 
 /// A virtio device that can be plugged into a machine as a function of PCI. A PCI root must be there before it.
 #[derive(Debug)]
