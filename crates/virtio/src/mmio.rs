@@ -14,7 +14,6 @@ use freestone_memory::GuestMem;
 use freestone_snapshot::{Restoring, Saving, Section};
 use serde::{Deserialize, Serialize};
 
-use freestone_snapshot::{Restoring, Saving};
 use crate::Result;
 use crate::device::VirtioDevice;
 use crate::plug::{Lifecycle, Parts, Plugged, bus_error};

@@ -7,7 +7,6 @@ use freestone_bus::{Device, Plug, Wiring};
 use freestone_snapshot::{Restoring, Saving};
 
 use super::{PciTransport, PciWiring};
-use freestone_snapshot::{Restoring, Saving};
 use crate::plug::{Lifecycle, Parts, Plugged, bus_error};
 use crate::stats::DeviceStats;
 use crate::{Result, VirtioDevice};
