@@ -23,5 +23,5 @@ pub use pvpanic::{PVPANIC_PORT, PvPanic, PvPanicPlug};
 pub use rtc::{CENTURY_INDEX, RTC_PORT, Rtc, RtcPlug};
 pub use serial::{
     COM1_GSI, COM1_PORT, COM2_GSI, COM2_PORT, ESCAPE_HELP, EscapeAction, EscapeFilter, Escaped, InputFilter,
-    Serial, SerialCounters, SerialInput, SerialPlug,
+    OutputLimit, Serial, SerialCounters, SerialFile, SerialInput, SerialPlug,
 };

@@ -38,8 +38,13 @@ impl SerialFile {
     pub fn open(path: impl AsRef<Path>, limit: Option<OutputLimit>) -> io::Result<Self> {
         let flags = i32::try_from((OFlags::NONBLOCK | OFlags::NOCTTY).bits()).unwrap_or(0);
         // For reading too: a pipe that nobody reads could not be opened otherwise.
-        let out =
-            OpenOptions::new().read(true).append(true).create(true).mode(0o600).custom_flags(flags).open(path)?;
+        let out = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(flags)
+            .open(path)?;
         let limit = limit.and_then(|limit| Bucket::new(limit, Instant::now()));
         Ok(Self { out, limit, dropped: Arc::default() })
     }
@@ -86,7 +91,13 @@ impl Bucket {
     fn new(limit: OutputLimit, now: Instant) -> Option<Self> {
         let refill = u64::try_from(limit.refill_time.as_nanos()).unwrap_or(u64::MAX);
         let credit = u128::from(limit.size) * u128::from(refill);
-        (credit > 0).then_some(Self { size: limit.size, refill, burst: limit.one_time_burst, credit, last: now })
+        (credit > 0).then_some(Self {
+            size: limit.size,
+            refill,
+            burst: limit.one_time_burst,
+            credit,
+            last: now,
+        })
     }
 
     /// Tokens there are now.

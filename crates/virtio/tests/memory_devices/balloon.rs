@@ -314,7 +314,10 @@ fn a_driver_that_is_to_hold_its_pages_waits_for_the_host() {
 #[test]
 fn the_interval_of_statistics_is_what_was_set_last() {
     let handle = Balloon::new(BalloonConfig::new()).unwrap().handle();
-    assert_eq!((handle.statistics_interval(), handle.has_statistics(), handle.has_hinting()), (None, true, false));
+    assert_eq!(
+        (handle.statistics_interval(), handle.has_statistics(), handle.has_hinting()),
+        (None, true, false)
+    );
     let second = std::time::Duration::from_secs(1);
     handle.set_statistics_interval(Some(second)).unwrap();
     assert_eq!(handle.statistics_interval(), Some(second));
