@@ -26,12 +26,13 @@
 //! `life begins memory=2048 disk=yes vsock=yes net=yes cpus=2 timer=yes`, then lines such as
 //!
 //! ```text
-//! life 32 hash=0123456789abcdef salt=0 disk=32 flushed=32 vsock=32 lost=0 resets=0 net=32 repeated=0 irq=17 second=900 ipi=32 clock=5 tsc=9
+//! life 32 hash=0123456789abcdef salt=0 disk=32 flushed=32 msi=60 vsock=32 lost=0 resets=0 net=32 repeated=0 irq=17 second=900 ipi=32 clock=5 tsc=9
 //! ```
 //!
 //! - The number is that of the round, and `hash` depends on it and on `memory=` alone: a round that is done twice has the same hash.
 //! - `salt` is the word [`SALT`] of the parameter block, which a host may change for each of many children.
 //! - `disk` is the last round whose record was written, `flushed` that up to which all were flushed.
+//! - `msi` counts the disk's interrupts, where it is on PCI: every round has to bring one.
 //! - `vsock` and `net` count the answers. `lost` connections were closed or reset, `resets` were told by the device (a new transport),
 //!   `repeated` requests were sent again since no answer came.
 //! - `irq` counts the timer's interrupts, `second` the rounds of the second processor, `ipi` its interrupts.

@@ -309,7 +309,13 @@ impl<V: Vcpu, O: Observer> RunLoop<V, O> {
         loop {
             match self.step()? {
                 Turn::Ran => {}
-                Turn::Paused => self.control.park(&mut self.vcpu),
+                Turn::Paused => {
+                    self.control.park(&mut self.vcpu);
+                    // So that the guest does not take the time that it stood still for a lockup of its own.
+                    if let Err(error) = self.vcpu.tell_paused() {
+                        tracing::debug!(vcpu = self.control.index, %error, "the guest does not learn of its pause");
+                    }
+                }
                 Turn::Ended(outcome) => return Ok(outcome),
             }
         }

@@ -168,6 +168,7 @@ fn lives_through_restores(name: &str, transport: Transport) {
     checker.text(whole).unwrap();
     let last = checker.last().unwrap();
     assert_eq!(last.number("resets"), Some(restores), "{told}");
+    assert_eq!(last.number("msi").is_some(), matches!(transport, Transport::Pci), "{told}");
     let disk = std::fs::read(dir.path().join("disk.raw")).unwrap();
     life::check_disk(&disk, life::MAX_SECTORS, last.round).unwrap();
 }

@@ -2,6 +2,7 @@
 //! written for speed. Other programs use `virtio-drivers`, by [`crate::virtio`].
 
 use crate::acpi::Acpi;
+use crate::apic;
 use crate::phys::{self, MAPPED, Plain, Register};
 use crate::pvh::StartInfo;
 
@@ -43,6 +44,7 @@ mod common {
     pub const STATUS: u64 = 20;
     pub const QUEUE_SELECT: u64 = 22;
     pub const QUEUE_SIZE: u64 = 24;
+    pub const QUEUE_MSIX_VECTOR: u64 = 26;
     pub const QUEUE_ENABLE: u64 = 28;
     pub const QUEUE_NOTIFY_OFF: u64 = 30;
     pub const QUEUE_ADDRESSES: [u64; 3] = [32, 40, 48];
@@ -66,6 +68,8 @@ pub enum Device {
         multiplier: u64,
         /// The device's own configuration.
         config: u64,
+        /// Its configuration space.
+        function: u64,
     },
 }
 
@@ -129,11 +133,11 @@ impl Device {
             }
             // Memory space and bus mastering.
             register(4).write(register(4).read() & 0xFFFF | 6);
-            Self::from_capabilities(|offset| register(offset).read())
+            Self::from_capabilities(ecam + (device << 15), |offset| register(offset).read())
         })
     }
 
-    fn from_capabilities(read: impl Fn(u64) -> u32) -> Option<Self> {
+    fn from_capabilities(function: u64, read: impl Fn(u64) -> u32) -> Option<Self> {
         const VENDOR: u32 = 9;
         let (mut common, mut notify, mut config, mut multiplier) = (None, None, None, 0);
         let mut at = u64::from(read(0x34) & 0xFC);
@@ -154,7 +158,34 @@ impl Device {
             }
             at = u64::from(header >> 8 & 0xFC);
         }
-        Some(Self::Pci { common: common?, notify: notify?, multiplier, config: config? })
+        Some(Self::Pci { common: common?, notify: notify?, multiplier, config: config?, function })
+    }
+
+    /// Has a queue of a device on PCI interrupt this processor at vector `32 + index`, by the first entry of the MSI-X table
+    /// (PCI 3.0, 6.8.2); whether it will. After [`begin`](Self::begin), before the queue is enabled.
+    pub fn interrupt(&self, queue: u16, index: u32) -> bool {
+        const MSI_X: u32 = 0x11;
+        let Self::Pci { common, function, .. } = *self else { return false };
+        let register = |offset: u64| get::<u32>(function + (offset & 0xFFC));
+        let mut at = u64::from(register(0x34) & 0xFC);
+        for _ in 0..48 {
+            if at == 0 || register(at) & 0xFF == MSI_X {
+                break;
+            }
+            at = u64::from(register(at) >> 8 & 0xFC);
+        }
+        if at == 0 {
+            return false;
+        }
+        let table = register(at + 4);
+        let bar = register(0x10 + 4 * u64::from(table & 7));
+        let entry = u64::from(bar & !0xF) + u64::from(table & !7);
+        let words = [0xFEE0_0000 | apic::id() << 12, 0, apic::VECTORS + index, 0];
+        (0..).zip(words).for_each(|(n, word)| put(entry + 4 * n, word));
+        put(function + at, register(at) & !(1 << 30) | 1 << 31);
+        put(common + common::QUEUE_SELECT, queue);
+        put(common + common::QUEUE_MSIX_VECTOR, 0u16);
+        get::<u16>(common + common::QUEUE_MSIX_VECTOR) == 0
     }
 
     /// 1: MMIO, 2: PCI.

@@ -158,6 +158,11 @@ impl Ring {
         Some(ring)
     }
 
+    /// Has the device interrupt when it is done with something. Not with event indices.
+    pub fn allow_interrupts(&self) {
+        self.avail.put(FLAGS, 0u16);
+    }
+
     /// Descriptors.
     pub fn size(&self) -> usize {
         usize::from(self.size)

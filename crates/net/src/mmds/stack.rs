@@ -397,3 +397,118 @@ impl TxToken for Outgoing<'_> {
         result
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use smoltcp::phy::ChecksumCapabilities;
+    use smoltcp::wire::{IpProtocol, Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
+
+    use super::*;
+
+    const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+
+    fn stack(now: Instant) -> Stack {
+        Stack::new(MmdsConfig::new(), MmdsStore::default(), 1500, now)
+    }
+
+    /// A frame with a segment from `port`.
+    fn segment(port: u16, control: TcpControl, seq: i32, ack: Option<TcpSeqNumber>, data: &[u8]) -> Vec<u8> {
+        let service = MmdsConfig::default().ipv4;
+        let tcp = TcpRepr {
+            src_port: port,
+            dst_port: PORT,
+            control,
+            seq_number: TcpSeqNumber(seq),
+            ack_number: ack,
+            window_len: 8000,
+            window_scale: None,
+            max_seg_size: None,
+            sack_permitted: false,
+            sack_ranges: [None; 3],
+            timestamp: None,
+            payload: data,
+        };
+        let ip = Ipv4Repr {
+            src_addr: MACHINE,
+            dst_addr: service,
+            next_header: IpProtocol::Tcp,
+            payload_len: tcp.buffer_len(),
+            hop_limit: 64,
+        };
+        let caps = ChecksumCapabilities::default();
+        let mut packet = vec![0; ip.buffer_len() + tcp.buffer_len()];
+        ip.emit(&mut Ipv4Packet::new_unchecked(&mut packet), &caps);
+        let (from, to) = (MACHINE.into(), service.into());
+        tcp.emit(&mut TcpPacket::new_unchecked(&mut packet[ip.buffer_len()..]), &from, &to, &caps);
+        let mut frame = [[2; 6], [0x52, 0x54, 0, 0, 0, 1]].concat();
+        frame.extend([8, 0]);
+        frame.extend(packet);
+        frame
+    }
+
+    /// Flags and the number that follows all that the service has sent.
+    fn taken(stack: &mut Stack, now: Instant) -> Option<(bool, TcpSeqNumber)> {
+        let frame = stack.take(now)?;
+        let tcp = TcpPacket::new_checked(&frame[ETHERNET + 20..]).unwrap();
+        Some((tcp.rst(), tcp.seq_number() + tcp.segment_len()))
+    }
+
+    fn connect(stack: &mut Stack, port: u16, now: Instant) -> bool {
+        stack.input(now, segment(port, TcpControl::Syn, 0, None, &[]));
+        let (reset, next) = taken(stack, now).unwrap();
+        if !reset {
+            stack.input(now, segment(port, TcpControl::None, 1, Some(next), &[]));
+        }
+        assert_eq!(stack.waiting(), None);
+        !reset
+    }
+
+    #[test]
+    fn a_connection_without_a_word_is_reset_when_its_time_has_come() {
+        let start = Instant::now();
+        let mut stack = stack(start);
+        assert_eq!(stack.deadline(start), None, "nothing is to be done where nobody asks");
+        assert!(connect(&mut stack, 1000, start));
+        assert_eq!(stack.deadline(start), Some(start + IDLE));
+        stack.poll(start + IDLE - Duration::from_millis(1));
+        assert_eq!(stack.waiting(), None);
+        let late = start + IDLE;
+        stack.poll(late);
+        assert!(taken(&mut stack, late).unwrap().0, "reset");
+        stack.poll(late);
+        let counts = stack.store.counts();
+        assert_eq!((counts.connections_created, counts.connections_destroyed), (1, 1));
+        assert_eq!(stack.deadline(late), None);
+    }
+
+    #[test]
+    fn the_connection_that_was_idle_longest_gives_way_when_there_are_too_many() {
+        let start = Instant::now();
+        let mut stack = stack(start);
+        for port in (1000..).take(MAX_CONNECTIONS) {
+            assert!(connect(&mut stack, port, start + Duration::from_millis(port.into())));
+        }
+        let now = start + Duration::from_secs(2);
+        assert!(!connect(&mut stack, 2000, now), "all of them are new");
+        let now = start + Duration::from_millis(1000) + GIVES_WAY;
+        assert!(connect(&mut stack, 2001, now));
+        assert!(!connect(&mut stack, 2002, now), "the others are younger");
+        assert_eq!(stack.connections.len(), MAX_CONNECTIONS);
+    }
+
+    #[test]
+    fn an_answer_that_got_lost_is_sent_again() {
+        let start = Instant::now();
+        let mut stack = stack(start);
+        stack.store.put(serde_json::json!({"a": "b"})).unwrap();
+        stack.input(start, segment(1, TcpControl::Syn, 0, None, &[]));
+        let (_, next) = taken(&mut stack, start).unwrap();
+        stack.input(start, segment(1, TcpControl::Psh, 1, Some(next), b"GET /a HTTP/1.1\r\n\r\n"));
+        let first = std::iter::from_fn(|| stack.take(start)).last().unwrap();
+        assert!(first.ends_with(b"\r\n\r\nb"));
+        let again = stack.deadline(start).unwrap();
+        assert!(again < start + IDLE);
+        stack.poll(again);
+        assert!(stack.take(again).unwrap().ends_with(b"\r\n\r\nb"));
+    }
+}

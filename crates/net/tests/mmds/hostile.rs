@@ -36,7 +36,7 @@ pub fn segment(from: u16, to: u16, segment: Segment) -> Vec<u8> {
     frame.extend(to.to_be_bytes());
     frame.extend(seq.to_be_bytes());
     frame.extend(ack.to_be_bytes());
-    frame.push(u8::try_from((20 + options.len()) / 4 << 4).unwrap());
+    frame.push(u8::try_from((20 + options.len()) / 4 * 16).unwrap());
     frame.push(flags);
     frame.extend(window.to_be_bytes());
     frame.extend([0; 4]);

@@ -28,6 +28,7 @@ use config::{CONFIG_LEN, Space};
 use control::Commands;
 pub use filter::{Addresses, MAX_ADDRESSES, RxFilter};
 pub use handle::NetHandle;
+use state::Announce;
 pub use stats::{NetCounts, NetStats};
 use worker::{PairWorker, Queues};
 
@@ -126,6 +127,8 @@ pub struct Net {
     shared: Arc<Shared>,
     /// No driver has chosen features since the last reset.
     fresh: bool,
+    /// It was restored, and its driver is to announce that.
+    moved: bool,
     /// Somebody may change the rate limits while the device works.
     has_handle: AtomicBool,
 }
@@ -177,7 +180,13 @@ impl Net {
             wakes: (0..config.pairs).map(wake).collect::<Result<_>>()?,
             config,
         };
-        Ok(Self { info, shared: Arc::new(shared), fresh: true, has_handle: AtomicBool::new(false) })
+        Ok(Self {
+            info,
+            shared: Arc::new(shared),
+            fresh: true,
+            moved: false,
+            has_handle: AtomicBool::new(false),
+        })
     }
 
     /// The device's counters.
@@ -301,6 +310,9 @@ impl VirtioDevice for Net {
             control.config_changed();
         }
         (driver.control, driver.features) = (Some(control), features);
+        if std::mem::take(&mut self.moved) {
+            workers.push(Box::new(Announce(Some(Arc::clone(&self.shared)))));
+        }
         Ok(workers)
     }
 
@@ -313,7 +325,7 @@ impl VirtioDevice for Net {
         let mac = *lock(&shared.mac);
         shared.change_filter(|filter| *filter = RxFilter::new(mac));
         shared.port().reset();
-        self.fresh = true;
+        (self.fresh, self.moved) = (true, false);
     }
 
     fn save(&self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {

@@ -109,14 +109,21 @@ fn tell_transport_reset<'m>(
     buffers: &mut ChainBuffers<'m>,
     endpoint: &mut Endpoint,
 ) -> Result<()> {
-    if !queue.has_next()? && !queue.enable_kicks()? {
-        return Ok(());
-    }
-    if let Some(chain) = queue.pop(buffers)? {
-        let event = TRANSPORT_RESET.to_le_bytes();
-        buffers.write(&event)?;
-        queue.push_used(chain, u32::try_from(event.len()).unwrap_or(0))?;
-        endpoint.transport_reset_was_told();
+    let event = TRANSPORT_RESET.to_le_bytes();
+    let len = u32::try_from(event.len()).unwrap_or(0);
+    for _ in 0..queue.size() {
+        if !queue.has_next()? && !queue.enable_kicks()? {
+            break;
+        }
+        let Some(chain) = queue.pop(buffers)? else { break };
+        // A buffer that cannot hold it goes back as it is.
+        if buffers.writable_len() >= len {
+            buffers.write(&event)?;
+            queue.push_used(chain, len)?;
+            endpoint.transport_reset_was_told();
+            break;
+        }
+        queue.push_used(chain, 0)?;
     }
     Ok(())
 }

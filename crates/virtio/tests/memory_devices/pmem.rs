@@ -252,9 +252,11 @@ fn flushes_beyond_the_limit_wait_until_it_is_taken_away() {
     assert_eq!(request(&mut rig, 0), 0);
     rig.write(REQUEST, 0u32);
     rig.offer(0, &[Buffer::readable(REQUEST, 4), Buffer::writable(ANSWER, 4)]);
-    assert_eq!((stats.counts().requests, handle.throttled()), (1, 1));
+    rig.kick(0);
+    assert_eq!(stats.counts().requests, 1);
+    assert!(handle.throttled() > 0);
     handle.set_rate_limiter(None);
     assert_eq!(handle.rate_limiter(), None);
-    rig.spawner.run();
+    rig.kick(0);
     assert_eq!(stats.counts().requests, 2);
 }

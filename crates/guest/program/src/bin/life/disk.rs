@@ -1,5 +1,6 @@
 //! The disk: in every round a record is written and another one is read back, both while the program does something else.
 
+use freestone_guest_program::cpu;
 use freestone_guest_program::registers::Device;
 use freestone_guest_program::ring::{NEXT, Pages, Place, Ring, RingMemory, WRITE};
 
@@ -20,6 +21,8 @@ const READ: usize = 0;
 const WRITE_REQUEST: usize = 1;
 const FLUSH_REQUEST: usize = 2;
 const TYPES: [u32; 3] = [0, 1, 4];
+/// Index of the interrupt vector.
+const INTERRUPT: u32 = 4;
 /// A flush in every so many rounds.
 const FLUSH_EVERY: u64 = 8;
 
@@ -39,16 +42,23 @@ pub struct Disk {
     pub written: u64,
     /// The last round up to which all records were flushed.
     pub flushed: u64,
+    /// This round's flush was asked for.
     flushing: bool,
     patience: Patience,
+    /// Interrupts before this round, if it has them.
+    interrupts: Option<u64>,
 }
 
 impl Disk {
     /// Uses at most `sectors` sectors.
-    pub fn new(device: &Device, sectors: u64) -> Option<Self> {
+    pub fn new(device: &Device, sectors: u64, interrupts: bool) -> Option<Self> {
         let features = device.begin(FLUSH)?;
         let capacity = u64::from(device.config::<u32>(0)) | u64::from(device.config::<u32>(4)) << 32;
+        let interrupts = (interrupts && device.interrupt(0, INTERRUPT)).then_some(0);
         let ring = Ring::enable(device, 0, &RING, false)?;
+        if interrupts.is_some() {
+            ring.allow_interrupts();
+        }
         device.go();
         let sectors = sectors.min(capacity).min(MAX_SECTORS as u64);
         (sectors >= 2 && ring.size() >= 16).then_some(Self {
@@ -62,6 +72,7 @@ impl Disk {
             flushed: 0,
             flushing: false,
             patience: Patience::new(),
+            interrupts,
         })
     }
 
@@ -81,8 +92,14 @@ impl Disk {
             (0..64).for_each(|word| page.put(DATA + 8 * word, !0u64));
             self.submit(READ, self.back % self.sectors);
         }
+        self.interrupts = self.interrupts.map(|_| cpu::interrupts(INTERRUPT as usize));
         self.ring.publish();
         self.patience = Patience::new();
+    }
+
+    /// Interrupts so far, if it has them.
+    pub fn interrupts(&self) -> Option<u64> {
+        self.interrupts.map(|_| cpu::interrupts(INTERRUPT as usize))
     }
 
     fn submit(&mut self, slot: usize, sector: u64) {
@@ -128,6 +145,9 @@ impl Disk {
             self.submit(FLUSH_REQUEST, 0);
             self.ring.publish();
             return Ok(false);
+        }
+        if self.interrupts.is_some_and(|before| cpu::interrupts(INTERRUPT as usize) == before) {
+            return if self.patience.is_over() { Err("disk: no interrupt") } else { Ok(false) };
         }
         self.flushing = false;
         Ok(true)

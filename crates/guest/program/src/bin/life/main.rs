@@ -169,7 +169,8 @@ impl Life {
             apic::enable();
         }
         let device = |id, wanted: bool| Device::find(id, info, acpi).filter(|_| wanted);
-        let disk = device(BLOCK, options.disk).and_then(|device| Disk::new(&device, options.sectors));
+        let disk =
+            device(BLOCK, options.disk).and_then(|device| Disk::new(&device, options.sectors, has_apic));
         let vsock = options.vsock.and_then(|port| Vsock::new(device(SOCKET, true)?, port));
         let card = device(NETWORK, options.net).and_then(|device| Card::new(&device, options.addresses));
         let memory = Memory::new(info, options.kib);
@@ -277,6 +278,9 @@ impl Life {
         print!("life {} hash={:016x} salt={}", self.round, self.hash, params::get(word::SALT));
         if let Some(disk) = &self.disk {
             print!(" disk={} flushed={}", disk.written, disk.flushed);
+            if let Some(msi) = disk.interrupts() {
+                print!(" msi={msi}");
+            }
         }
         if let Some(vsock) = &self.vsock {
             print!(" vsock={} lost={} resets={}", vsock.echoes, vsock.lost, vsock.resets);
