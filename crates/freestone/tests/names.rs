@@ -146,7 +146,11 @@ fn a_machine_lives_by_commands_alone_and_leaves_nothing() {
     assert!(stats["memory"]["rss"].as_u64().unwrap() > 0, "{stats}");
     assert!(host.ok(&["ctl", "web", "stats"]).contains("net0"));
 
-    assert_eq!(host.ok(&["stop", "web"]), "web\n");
+    assert_eq!(
+        host.ok(&["stop", "web", "--timeout", "1"]),
+        "web\n",
+        "this guest has no driver for the power button"
+    );
     assert_eq!(host.machine("web")["state"], "stopped");
     assert!(host.ok(&["logs", "web", "-f"]).contains("the machine was stopped"));
     assert_eq!(host.ok(&["ps"]).lines().count(), 1, "only what runs is listed");
@@ -170,7 +174,11 @@ fn several_machines_are_told_apart_and_done_to_together() {
         (&json!("running"), &json!("paused"))
     );
     host.fails(&["rm", "one"], 1, &["one runs", "--force"]);
-    assert_eq!(host.ok(&["stop", "one", "two"]), "one\ntwo\n", "a paused machine is stopped as well");
+    assert_eq!(
+        host.ok(&["stop", "one", "two", "--timeout", "0"]),
+        "one\ntwo\n",
+        "a paused machine is stopped as well"
+    );
     host.fails(&["pause", "one"], 1, &["one is not running: the machine was stopped"]);
     assert_eq!(host.ok(&["rm", "one", "two"]), "one\ntwo\n");
     assert_eq!(host.left(), [""; 0]);
@@ -229,7 +237,7 @@ fn a_detached_machine_without_a_name_gets_one_and_may_remove_itself() {
     let host = Host::new();
     let name = host.ok(&["run", "--kernel", "echo", "--detach", "--rm"]).trim().to_owned();
     assert_eq!(host.machine(&name)["state"], "running");
-    host.ok(&["stop", &name]);
+    host.ok(&["stop", &name, "--timeout", "0"]);
     assert_eq!(host.left(), [""; 0]);
 }
 
