@@ -166,7 +166,7 @@ fn scalar(name: &str, value: &Spanned<DeValue<'_>>) -> Result<String, Wrong> {
 }
 
 /// The value of an option, in which relative paths begin at `folder`.
-fn absolute(name: &str, value: &str, folder: &Path) -> String {
+pub(crate) fn absolute(name: &str, value: &str, folder: &Path) -> String {
     let join = |path: &str| folder.join(path).to_string_lossy().into_owned();
     match name {
         "kernel" | "initrd" | "control" => join(value),

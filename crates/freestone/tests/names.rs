@@ -306,6 +306,26 @@ fn a_machine_is_saved_restored_and_forked_by_its_name() {
 }
 
 #[test]
+fn a_restored_machine_keeps_the_disk_that_it_was_given_in_its_own_snapshots() {
+    if no_kvm("a_restored_machine_keeps_the_disk_that_it_was_given_in_its_own_snapshots") {
+        return;
+    }
+    let host = Host::new();
+    for disk in ["old.img", "new.img"] {
+        fs::File::create(host.dir.path().join(disk)).unwrap().set_len(1 << 20).unwrap();
+    }
+    host.start("web", &["--disk", "old.img"]);
+    host.ok(&["snapshot", "create", "web", "first", "--stop"]);
+    host.ok(&["restore", "first", "--detach", "--name", "web", "--disk", "vda=new.img"]);
+    host.ok(&["snapshot", "create", "web", "second", "--stop"]);
+    fs::remove_file(host.dir.path().join("old.img")).unwrap();
+    host.fails(&["restore", "first"], 1, &["old.img"]);
+    host.fails(&["restore", "first", "--disk", "vdb=new.img"], 2, &["no disk \"vdb\"; it has: vda"]);
+    host.ok(&["restore", "second", "--detach", "--name", "web"]);
+    assert!(host.types("web", "on").contains("echo: on"));
+}
+
+#[test]
 fn a_configuration_file_is_what_the_options_are() {
     if no_kvm("a_configuration_file_is_what_the_options_are") {
         return;

@@ -9,6 +9,7 @@ use freestone_vmm::snapshot::Section;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{Cli, Command, Run};
+use crate::config_file;
 use crate::failure::Failure;
 use crate::place::PlaceArgs;
 
@@ -56,6 +57,23 @@ impl Config {
             }
             _ => Err(Failure::usage("the machine's configuration is not that of `run`")),
         }
+    }
+
+    /// Gives the `nth` of `--option` another value, in which relative paths begin where this process is.
+    pub(crate) fn replace(&mut self, option: &str, nth: usize, value: &str) -> Result<(), Failure> {
+        let value = config_file::absolute(option, value, &std::env::current_dir()?);
+        let flag = format!("--{option}");
+        let is = |arg: &str| arg.split_once('=').map_or(arg, |(name, _)| name) == flag;
+        let missing = || Failure::new(format!("the machine's configuration has no {flag} number {nth}"));
+        let at = self.args.iter().enumerate().filter(|(_, arg)| is(arg)).nth(nth).map(|(at, _)| at);
+        let at = at.ok_or_else(missing)?;
+        // Its value may be an argument of its own, which goes.
+        if self.args.get(at) == Some(&flag) && at + 1 < self.args.len() {
+            self.args.remove(at + 1);
+        }
+        let arg = self.args.get_mut(at).ok_or_else(missing)?;
+        *arg = format!("{flag}={value}");
+        Ok(())
     }
 
     /// The arguments.
@@ -116,5 +134,31 @@ impl TryFrom<ConfigSection> for Config {
             )));
         }
         Ok(Self { args: section.args, folder: section.folder.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(args: &[&str]) -> Config {
+        Config::new(args.iter().map(|arg| (*arg).to_owned()).collect(), "/".into())
+    }
+
+    #[test]
+    fn where_a_machine_runs_is_no_part_of_what_it_is() {
+        let args =
+            ["run", "--name", "web", "--cpus", "2", "-d", "--rm", "--detached-as=web", "--name=x", "--rng"];
+        let args: Vec<_> = args.iter().map(OsString::from).collect();
+        assert_eq!(Config::of_process(&args).unwrap().args(), ["--cpus", "2", "--rng"]);
+    }
+
+    #[test]
+    fn an_option_that_is_given_several_times_is_replaced_where_it_is() {
+        let mut config = config(&["--disk", "a", "--rng", "--disk=b,ro", "--disk", "c"]);
+        config.replace("disk", 1, "/x,ro").unwrap();
+        config.replace("disk", 2, "/y").unwrap();
+        assert_eq!(config.args(), ["--disk", "a", "--rng", "--disk=/x,ro", "--disk=/y"]);
+        assert!(config.replace("disk", 3, "/z").is_err());
     }
 }

@@ -66,6 +66,8 @@ pub(crate) struct Remap {
 pub(crate) struct Named<T> {
     pub(crate) name: String,
     pub(crate) spec: T,
+    /// The same as text.
+    pub(crate) text: String,
 }
 
 impl<T: FromStr<Err = String>> FromStr for Named<T> {
@@ -73,23 +75,26 @@ impl<T: FromStr<Err = String>> FromStr for Named<T> {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, spec) = text.split_once('=').ok_or("say NAME=WHAT: which, and what in its place")?;
-        Ok(Self { name: name.to_owned(), spec: spec.parse()? })
+        Ok(Self { name: name.to_owned(), spec: spec.parse()?, text: spec.to_owned() })
     }
 }
 
 impl Remap {
-    fn apply(&self, run: &mut Run) -> Result<(), Failure> {
+    /// Puts them into `run`, and into `config`, so that a snapshot of the restored machine has them.
+    fn apply(&self, run: &mut Run, config: &mut Config) -> Result<(), Failure> {
         let first_disk = usize::from(run.kernel.is_none());
         let disks = ('a'..='z').skip(first_disk).map(|letter| format!("vd{letter}"));
-        replace("disk", &mut run.disks, disks, &self.disks)?;
+        replace("disk", &mut run.disks, disks, &self.disks, config)?;
         let nets: Vec<_> =
             (0..).zip(&run.nets).map(|(n, net)| net.id.clone().unwrap_or(format!("net{n}"))).collect();
-        replace("network card", &mut run.nets, nets.into_iter(), &self.nets)?;
-        replace("persistent memory", &mut run.pmems, (0..).map(|n| format!("pmem{n}")), &self.pmems)?;
+        replace("net", &mut run.nets, nets.into_iter(), &self.nets, config)?;
+        replace("pmem", &mut run.pmems, (0..).map(|n| format!("pmem{n}")), &self.pmems, config)?;
         if let Some(vsock) = &self.vsock {
             if run.vsock.is_none() {
                 return Err(Failure::usage("the snapshot's machine has no vsock"));
             }
+            let path = vsock.path.to_string_lossy().replace(',', ",,");
+            config.replace("vsock", 0, &format!("path={path},cid={}", vsock.cid))?;
             run.vsock = Some(vsock.clone());
         }
         if let Some(control) = &self.control {
@@ -99,19 +104,28 @@ impl Remap {
     }
 }
 
-/// Puts each of `others` in the place of the one that has its name.
+/// Puts each of `others` in the place of the one of `--option` that has its name.
 fn replace<T: Clone>(
-    what: &str,
+    option: &str,
     specs: &mut [T],
     names: impl Iterator<Item = String>,
     others: &[Named<T>],
+    config: &mut Config,
 ) -> Result<(), Failure> {
     let names: Vec<_> = names.take(specs.len()).collect();
     for other in others {
         let found = names.iter().position(|name| *name == other.name);
-        match found.and_then(|at| specs.get_mut(at)) {
-            Some(spec) => *spec = other.spec.clone(),
+        match found.and_then(|at| Some((at, specs.get_mut(at)?))) {
+            Some((at, spec)) => {
+                *spec = other.spec.clone();
+                config.replace(option, at, &other.text)?;
+            }
             None => {
+                let what = match option {
+                    "net" => "network card",
+                    "pmem" => "persistent memory",
+                    other => other,
+                };
                 let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
                 let name = &other.name;
                 return Err(Failure::usage(format!(
@@ -134,9 +148,9 @@ pub(crate) fn restore(
     if request.verify {
         stored.verify(progress)?;
     }
-    let config = Config::try_from(stored.sections().take::<ConfigSection>()?)?;
+    let mut config = Config::try_from(stored.sections().take::<ConfigSection>()?)?;
     let mut run = config.parse()?;
-    request.remap.apply(&mut run)?;
+    request.remap.apply(&mut run, &mut config)?;
     run.cpus = stored.machine().cpus();
     run.track_dirty |= request.track;
     run.count_exits = request.count_exits;
