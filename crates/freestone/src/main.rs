@@ -11,6 +11,7 @@ mod disk;
 mod doctor;
 mod failure;
 mod files;
+mod firecracker;
 mod image;
 mod log;
 mod machine;
@@ -33,6 +34,9 @@ use clap::error::ErrorKind;
 use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
+    if firecracker::is_called() {
+        return firecracker::alone();
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
@@ -43,6 +47,7 @@ fn main() -> ExitCode {
         Command::Net(args) => control::net(args),
         Command::Doctor(args) => doctor::doctor(args),
         Command::Image(args) => image::image(args),
+        Command::Firecracker(args) => firecracker::firecracker(args),
     });
     outcome.unwrap_or_else(|failure| {
         eprintln!("freestone: {failure}");

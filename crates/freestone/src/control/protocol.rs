@@ -105,7 +105,7 @@ pub(crate) struct Controls {
 
 impl Controls {
     /// Answers one line.
-    pub(super) fn answer(&self, line: &[u8]) -> String {
+    pub(crate) fn answer(&self, line: &[u8]) -> String {
         let answer = serde_json::from_slice(line)
             .map_err(|error| format!("not a request: {error}"))
             .and_then(|request| self.carry_out(request));
