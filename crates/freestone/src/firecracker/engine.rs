@@ -207,8 +207,7 @@ impl Engine for Real {
         let outcome = self.with(|live| {
             let place = live.disks.iter().position(|name| name == id);
             let found = place.and_then(|place| live.controls.disks.get(place));
-            let (_, disk) =
-                found.ok_or_else(|| Fault::bad_request(format!("There is no drive {id:?}.")))?;
+            let (_, disk) = found.ok_or_else(|| Fault::bad_request(format!("There is no drive {id:?}.")))?;
             if let Some(limiter) = change.limiter {
                 disk.set_rate_limiter(limiter.limiter());
             }
@@ -305,9 +304,7 @@ impl Engine for Real {
     }
 
     fn ctrl_alt_del(&mut self, done: Done<()>) {
-        done.answer(
-            self.with(|live| live.keys.ctrl_alt_del().map_err(|e| Fault::from(Failure::from(e)))),
-        );
+        done.answer(self.with(|live| live.keys.ctrl_alt_del().map_err(|e| Fault::from(Failure::from(e)))));
     }
 
     fn mmds(&mut self, _contents: &Value) {

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser};
-use freestone_snapshot::Header;
+use freestone_snapshot::{Arch, Header};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
@@ -39,8 +39,10 @@ pub(crate) struct Alone {
 /// Firecracker's command line.
 #[derive(Debug, Args)]
 #[command(disable_version_flag = true)]
-#[command(after_help = "Exit status: 0 the machine ended, 1 something failed on the host, 152 the configuration file \
-                        is wrong or its machine does not start, 153 wrong usage.")]
+#[command(
+    after_help = "Exit status: 0 the machine ended, 1 something failed on the host, 152 the configuration file \
+                        is wrong or its machine does not start, 153 wrong usage."
+)]
 pub(crate) struct Firecracker {
     /// Listen for the API at this Unix socket.
     #[arg(long, value_name = "SOCKET", default_value = "/run/firecracker.socket")]
@@ -172,7 +174,7 @@ pub(crate) fn firecracker(args: &Firecracker) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     if args.snapshot_version {
-        println!("v{}.0.0", freestone_snapshot::VERSION);
+        println!("v{}.0.0", Header::new(Arch::host(), "freestone")?.format());
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(path) = &args.describe_snapshot {
@@ -220,8 +222,7 @@ fn serve(args: &Firecracker) -> Result<ExitCode, Failure> {
         (None, None) => {}
     }
     let signal = signals().map_err(|e| Failure::new(format!("cannot catch signals: {e}")))?;
-    let server =
-        Server::new(socket, Some(signal), mailbox, controller, args.http_api_max_payload_size)?;
+    let server = Server::new(socket, Some(signal), mailbox, controller, args.http_api_max_payload_size)?;
     match server.run()? {
         End::Stopped => Ok(ExitCode::SUCCESS),
         End::Start(message) => Ok(bad_configuration(&message)),

@@ -8,7 +8,9 @@ use std::sync::mpsc::{Receiver, channel};
 
 use freestone_kvm::Kvm;
 use freestone_vmm::bus::{self, Task};
-use freestone_vmm::devices::{I8042Handle, I8042Plug, PciRootPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug};
+use freestone_vmm::devices::{
+    I8042Handle, I8042Plug, PciRootPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug,
+};
 use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
 use freestone_vmm::snapshot::Sections;
