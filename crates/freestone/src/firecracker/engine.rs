@@ -24,7 +24,7 @@ use crate::cli::Run;
 use crate::console::Console;
 use crate::control::{Controls, Request};
 use crate::failure::Failure;
-use crate::machine::{Commander, Config, Named, Origin, Remap, RestoreRequest, Vm, restore};
+use crate::machine::{Commander, Config, Named, Origin, Remap, RestoreRequest, SnapshotRequest, Vm, restore};
 use crate::net::NetSpec;
 use crate::specs::VsockSpec;
 
@@ -185,9 +185,17 @@ impl Engine for Real {
             SnapshotType::Diff => Kind::Diff,
         };
         let paths = StorePaths::files(what.snapshot_path, what.mem_file_path);
-        self.send(done, move |vm| {
-            vm.snapshot(&crate::machine::SnapshotRequest { paths, kind }, &mut |_, _| {}).map(drop)
-        });
+        let notifier = self.notifier.clone();
+        let mut told = 0;
+        let mut progress = move |bytes: u64, all: u64| {
+            // A few dozen of them, not one for each page.
+            let percent = bytes.saturating_mul(100) / all.max(1);
+            if percent >= told + 5 {
+                told = percent;
+                notifier.event(json!({"event": "snapshot-progress", "bytes": bytes, "all": all}));
+            }
+        };
+        self.send(done, move |vm| vm.snapshot(&SnapshotRequest { paths, kind }, &mut progress).map(drop));
     }
 
     fn load(&mut self, what: SnapshotLoad, done: Done<VmResources>) {
@@ -448,7 +456,7 @@ fn device_stats(controls: &Controls) -> Value {
 
 fn forwards_of(nic: &Value) -> Vec<Forward> {
     let id = nic.get("id").and_then(Value::as_str);
-    let forwards = nic.get("forwards").and_then(Value::as_array).cloned().unwrap_or_default();
+    let forwards = nic.pointer("/user/forwards").and_then(Value::as_array).cloned().unwrap_or_default();
     let text = |forward: &Value| {
         forward.as_str().or_else(|| forward.get("forward").and_then(Value::as_str)).map(str::to_owned)
     };
