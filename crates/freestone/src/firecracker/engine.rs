@@ -458,7 +458,8 @@ fn forwards_of(nic: &Value) -> Vec<Forward> {
     let id = nic.get("id").and_then(Value::as_str);
     let forwards = nic.pointer("/user/forwards").and_then(Value::as_array).cloned().unwrap_or_default();
     let text = |forward: &Value| {
-        forward.as_str().or_else(|| forward.get("forward").and_then(Value::as_str)).map(str::to_owned)
+        let part = |name| forward.get(name).and_then(Value::as_str);
+        Some(format!("{}:{}-{}", part("protocol")?, part("host")?, part("guest")?))
     };
     let known = forwards.iter().filter_map(text);
     known.map(|forward| Forward { iface_id: id.map(str::to_owned), forward }).collect()
