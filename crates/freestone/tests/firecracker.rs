@@ -1,5 +1,5 @@
 //! The program by Firecracker's name: its command line, and a machine's life by its API.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
