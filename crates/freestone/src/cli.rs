@@ -98,6 +98,8 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Make, describe, check and convert disk images.
     Image(crate::image::Image),
+    /// Serve Firecracker's API, by Firecracker's own command line.
+    Firecracker(Box<crate::firecracker::Firecracker>),
 }
 
 #[derive(Debug, Args)]

@@ -11,6 +11,7 @@ mod disk;
 mod doctor;
 mod failure;
 mod files;
+mod firecracker;
 mod hub;
 mod image;
 mod lifecycle;
@@ -37,6 +38,9 @@ use clap::error::ErrorKind;
 use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
+    if firecracker::is_called() {
+        return firecracker::alone();
+    }
     let args: Vec<_> = std::env::args_os().collect();
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
@@ -60,6 +64,7 @@ fn main() -> ExitCode {
         Command::Net(args) => control::net(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Image(args) => image::image(&args),
+        Command::Firecracker(args) => firecracker::firecracker(&args),
     });
     outcome.unwrap_or_else(|failure| {
         eprintln!("freestone: {failure}");
