@@ -13,6 +13,7 @@ mod disk;
 mod doctor;
 mod failure;
 mod files;
+mod firecracker;
 mod hub;
 mod image;
 mod lifecycle;
@@ -42,10 +43,17 @@ use crate::cli::{Cli, Command};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
+<<<<<<< HEAD
     let args = match config_file::arguments(std::env::args_os().collect()) {
         Ok(args) => args,
         Err(failure) => return told(&failure),
     };
+=======
+    if firecracker::is_called() {
+        return firecracker::alone();
+    }
+    let args: Vec<_> = std::env::args_os().collect();
+>>>>>>> w-lead
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
@@ -69,7 +77,11 @@ fn main() -> ExitCode {
         Command::Net(args) => control::net(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Image(args) => image::image(&args),
+<<<<<<< HEAD
         Command::Completions(args) => completions::completions(&args),
+=======
+        Command::Firecracker(args) => firecracker::firecracker(&args),
+>>>>>>> w-lead
     });
     outcome.unwrap_or_else(|failure| told(&failure))
 }
