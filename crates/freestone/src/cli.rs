@@ -101,13 +101,10 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Make, describe, check and convert disk images.
     Image(crate::image::Image),
-<<<<<<< HEAD
     /// Print what a shell needs to complete this command line.
     Completions(Completions),
-=======
     /// Serve Firecracker's API, by Firecracker's own command line.
     Firecracker(Box<crate::firecracker::Firecracker>),
->>>>>>> w-lead
 }
 
 #[derive(Debug, Args)]

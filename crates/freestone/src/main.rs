@@ -43,17 +43,13 @@ use crate::cli::{Cli, Command};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
-<<<<<<< HEAD
+    if firecracker::is_called() {
+        return firecracker::alone();
+    }
     let args = match config_file::arguments(std::env::args_os().collect()) {
         Ok(args) => args,
         Err(failure) => return told(&failure),
     };
-=======
-    if firecracker::is_called() {
-        return firecracker::alone();
-    }
-    let args: Vec<_> = std::env::args_os().collect();
->>>>>>> w-lead
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
@@ -77,11 +73,8 @@ fn main() -> ExitCode {
         Command::Net(args) => control::net(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Image(args) => image::image(&args),
-<<<<<<< HEAD
         Command::Completions(args) => completions::completions(&args),
-=======
         Command::Firecracker(args) => firecracker::firecracker(&args),
->>>>>>> w-lead
     });
     outcome.unwrap_or_else(|failure| told(&failure))
 }

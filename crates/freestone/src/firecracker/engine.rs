@@ -411,7 +411,7 @@ fn request(what: &SnapshotLoad) -> Result<RestoreRequest, Fault> {
         let text = format!("{spec},id={}", card.iface_id);
         let spec: NetSpec =
             text.parse().map_err(|e| Fault::bad_request(format!("network_overrides: {e}")))?;
-        Ok::<_, Fault>(Named { name: card.iface_id.clone(), spec })
+        Ok::<_, Fault>(Named { name: card.iface_id.clone(), spec, text })
     };
     request.remap = Remap {
         nets: what.network_overrides.iter().map(net).collect::<Result<_, _>>()?,

@@ -9,11 +9,8 @@ use std::sync::mpsc::{Receiver, channel};
 use freestone_kvm::Kvm;
 use freestone_vmm::bus::{self, Task};
 use freestone_vmm::devices::{
-<<<<<<< HEAD
-    I8042Plug, PciRootPlug, PowerButton, PowerButtonPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug,
-=======
-    I8042Handle, I8042Plug, PciRootPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug,
->>>>>>> w-lead
+    I8042Handle, I8042Plug, PciRootPlug, PowerButton, PowerButtonPlug, PowerPlug, ProgressPlug, PvPanicPlug,
+    RtcPlug,
 };
 use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
