@@ -8,10 +8,10 @@ pub mod getting_started {}
 pub mod storage {}
 #[doc = include_str!("../networking.md")]
 pub mod networking {}
-#[doc = include_str!("../lifecycle.md")]
-pub mod lifecycle {}
 #[doc = include_str!("../api.md")]
 pub mod api {}
+#[doc = include_str!("../lifecycle.md")]
+pub mod lifecycle {}
 #[doc = include_str!("../devices.md")]
 pub mod devices {}
 #[doc = include_str!("../performance.md")]

@@ -101,10 +101,10 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Make, describe, check and convert disk images.
     Image(crate::image::Image),
-    /// Print what a shell needs to complete this command line.
-    Completions(Completions),
     /// Serve Firecracker's API, by Firecracker's own command line.
     Firecracker(Box<crate::firecracker::Firecracker>),
+    /// Print what a shell needs to complete this command line.
+    Completions(Completions),
 }
 
 #[derive(Debug, Args)]

@@ -73,8 +73,8 @@ fn main() -> ExitCode {
         Command::Net(args) => control::net(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Image(args) => image::image(&args),
-        Command::Completions(args) => completions::completions(&args),
         Command::Firecracker(args) => firecracker::firecracker(&args),
+        Command::Completions(args) => completions::completions(&args),
     });
     outcome.unwrap_or_else(|failure| told(&failure))
 }

@@ -10,7 +10,7 @@ use freestone_kvm::Kvm;
 use freestone_vmm::bus::{self, Task};
 use freestone_vmm::devices::{
     I8042Handle, I8042Plug, PciRootPlug, PowerButton, PowerButtonPlug, PowerPlug, ProgressPlug, PvPanicPlug,
-    RtcPlug,
+    RtcPlug, VmGenIdPlug,
 };
 use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
@@ -105,10 +105,10 @@ impl Vm {
         for plug in attached.plugs {
             builder = builder.device(plug);
         }
-        // Last, so that it takes no interrupt line that a virtio device had without it.
+        // Last, so that they take no interrupt line that a virtio device had without them.
         let button = PowerButtonPlug::new();
         let handle = button.handle();
-        builder = builder.device(button);
+        builder = builder.device(button).device(VmGenIdPlug::new());
         let machine = match (origin, payload) {
             (Origin::Restore { sections, memory, clock }, _) => {
                 builder.memory(memory).restore(sections, clock)?
