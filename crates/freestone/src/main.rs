@@ -30,6 +30,7 @@ mod terminal;
 
 use std::io;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -37,6 +38,10 @@ use clap::error::ErrorKind;
 use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
+    // A snapshot that is larger than a file may be is an error, and the machine goes on; otherwise this signal ends the process.
+    if let Err(error) = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default()) {
+        eprintln!("freestone: cannot ignore SIGXFSZ: {error}");
+    }
     let args: Vec<_> = std::env::args_os().collect();
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,

@@ -14,14 +14,6 @@ pub fn kvm(test: &str) -> Option<Kvm> {
 #[derive(Clone, Default)]
 pub struct Console(pub Arc<Mutex<Vec<u8>>>);
 
-impl Console {
-    /// As text.
-    #[expect(dead_code, reason = "not every test reads it")]
-    pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
-    }
-}
-
 impl Write for Console {
     fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
         self.0.lock().unwrap().extend_from_slice(data);

@@ -241,6 +241,11 @@ pub(crate) fn bodies_of(sections: Sections) -> Bodies {
     bodies(&writer.finish().unwrap()).1
 }
 
+/// What a guest has said.
+pub(crate) fn text(console: &Console) -> String {
+    String::from_utf8_lossy(&console.0.lock().unwrap()).into_owned()
+}
+
 /// A folder in `dir`.
 pub(crate) fn folder(dir: &Path, name: &str) -> std::path::PathBuf {
     let path = dir.join(name);
