@@ -99,7 +99,8 @@ pub fn send<S: Read + Write>(
     options: &MigrateOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<MigrateReport> {
-    let mut sender = Sender { stream, copied: false, body: Vec::new(), report: MigrateReport::default(), progress };
+    let mut sender =
+        Sender { stream, copied: false, body: Vec::new(), report: MigrateReport::default(), progress };
     let begin = Instant::now();
     sender.hello(source, hello, options)?;
     sender.precopy(source, options)?;

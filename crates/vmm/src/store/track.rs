@@ -120,3 +120,108 @@ fn all(len: u64) -> Vec<u64> {
     }
     bitmap
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use freestone_hypervisor::{Error, Result};
+    use freestone_memory::layout::RamRange;
+
+    use super::*;
+
+    /// Slots with address, length, whether they are logged, and what was written.
+    #[derive(Default)]
+    struct Log(Mutex<BTreeMap<u32, (u64, u64, bool, u64)>>);
+
+    impl Log {
+        fn map(&self, slot: u32, gpa: u64, pages: u64) {
+            self.0.lock().unwrap().insert(slot, (gpa, pages * PAGE_SIZE, false, 0));
+        }
+
+        fn write(&self, slot: u32, page: u64) {
+            let mut slots = self.0.lock().unwrap();
+            let (_, _, logged, written) = slots.get_mut(&slot).unwrap();
+            *written |= u64::from(*logged) << page;
+        }
+    }
+
+    impl DirtyLog for Log {
+        fn take(&self, slot: u32) -> Result<Vec<u64>> {
+            match self.0.lock().unwrap().get_mut(&slot) {
+                Some((_, _, true, written)) => Ok(vec![std::mem::take(written)]),
+                _ => Err(Error::Unsupported("a slot without a log")),
+            }
+        }
+
+        fn slots(&self) -> Vec<(u32, u64, u64)> {
+            self.0.lock().unwrap().iter().map(|(slot, &(gpa, len, ..))| (*slot, gpa, len)).collect()
+        }
+
+        fn set_logging(&self, slot: u32, on: bool) -> Result<()> {
+            self.0.lock().unwrap().get_mut(&slot).unwrap().2 = on;
+            Ok(())
+        }
+    }
+
+    fn memory() -> GuestMem {
+        freestone_memory::GuestMemBuilder::new(1 << 20).dirty_log(true).build().unwrap()
+    }
+
+    fn layout(ranges: &[(u64, u64)]) -> ImageLayout {
+        let ranges: Vec<_> =
+            ranges.iter().map(|&(start, pages)| RamRange { start, len: pages * PAGE_SIZE }).collect();
+        ImageLayout::new(&ranges).unwrap()
+    }
+
+    fn dirty(tracker: &Tracker, layout: &ImageLayout) -> Vec<u64> {
+        tracker.pages(layout).iter().flat_map(DirtyPages::pages).collect()
+    }
+
+    const HIGH: u64 = 1 << 32;
+
+    #[test]
+    fn memory_that_is_taken_away_and_plugged_in_again_in_the_same_slot_is_all_new() {
+        let (log, memory, mut tracker) = (Log::default(), memory(), Tracker::default());
+        log.map(0, 0, 4);
+        log.map(7, HIGH, 3);
+        tracker.start(&log, &memory, false).unwrap();
+        for gpa in [HIGH, HIGH + 0x8000, HIGH] {
+            log.map(7, gpa, 3);
+            log.write(0, 2);
+            tracker.collect(&log, &memory).unwrap();
+            let layout = layout(&[(0, 4), (gpa, 3)]);
+            assert_eq!(dirty(&tracker, &layout), [0x2000, gpa, gpa + 0x1000, gpa + 0x2000]);
+            tracker.saved(Id::random().unwrap(), layout.clone());
+            log.write(7, 1);
+            tracker.collect(&log, &memory).unwrap();
+            assert_eq!(dirty(&tracker, &layout), [gpa + 0x1000]);
+            tracker.forget();
+        }
+    }
+
+    #[test]
+    fn what_a_snapshot_has_no_place_for_is_left_out() {
+        let (log, memory, mut tracker) = (Log::default(), memory(), Tracker::default());
+        log.map(0, 0, 4);
+        // Such as persistent memory, whose file has it.
+        log.map(7, HIGH, 3);
+        tracker.start(&log, &memory, false).unwrap();
+        log.write(0, 3);
+        log.write(7, 1);
+        tracker.collect(&log, &memory).unwrap();
+        assert_eq!(dirty(&tracker, &layout(&[(0, 4)])), [0x3000]);
+    }
+
+    #[test]
+    fn what_devices_wrote_before_is_kept_only_if_asked_for() {
+        use freestone_memory::Bytes;
+        let (log, memory) = (Log::default(), memory());
+        for keep in [true, false] {
+            memory.view().write_obj(1u8, GuestAddress(0x5000)).unwrap();
+            let mut tracker = Tracker::default();
+            tracker.start(&log, &memory, keep).unwrap();
+            assert_eq!(dirty(&tracker, &layout(&[(0, 256)])).contains(&0x5000), keep);
+        }
+    }
+}

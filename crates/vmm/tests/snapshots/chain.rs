@@ -70,7 +70,7 @@ fn a_difference_after_memory_came_or_went_says_that_a_full_snapshot_is_needed() 
     store(&mut machine, &paths(dir, "base"), Kind::Full).unwrap();
 
     let region = RegionBuilder::new(PLUGGED, 2 << 20).dirty_log(true).build().unwrap();
-    machine.memory().insert_region(region.into()).unwrap();
+    machine.memory().insert_region(region).unwrap();
     machine.memory().view().write_obj(5u64, GuestAddress(PLUGGED)).unwrap();
     refused(&mut machine, dir);
     store(&mut machine, &paths(dir, "base"), Kind::Full).unwrap();

@@ -97,7 +97,9 @@ fn a_process_that_is_killed_leaves_the_former_snapshot_or_the_new_one() {
             left += files.len() - 2;
         }
     }
-    eprintln!("{rebased} differences were brought into their base, {left} files were left over by killed processes");
+    eprintln!(
+        "{rebased} differences were brought into their base, {left} files were left over by killed processes"
+    );
     // Whoever writes next removes what was left.
     let mut machine = fresh(&folder(dir, "last"), Transport::Mmio, false);
     store(&mut machine, &paths(dir, "full"), Kind::Full).unwrap();
@@ -131,7 +133,7 @@ fn two_snapshots_are_not_written_to_one_folder_at_once() {
 
 /// Nothing of memory is zeros.
 fn fill(memory: &GuestMem) {
-    let page: Vec<u8> = (0..4096).map(|at| (at % 251 + 1) as u8).collect();
+    let page: Vec<u8> = (0..4096u32).map(|at| (at % 251 + 1) as u8).collect();
     for gpa in (0x2_0000..MEMORY).step_by(4096) {
         if !(0x9_f000..0x10_0000).contains(&gpa) {
             memory.view().write_slice(&page, GuestAddress(gpa)).unwrap();
@@ -177,7 +179,8 @@ fn writes_to_a_disk_that_gets_full() {
             .rebase(&Stored::open(&paths(&disk, "base")).unwrap(), &paths(&disk, "base"), &mut |_, _| {})
             .unwrap();
         let mut restored =
-            restore(&paths(&disk, "base"), &folder(&new, &format!("restored-{round}")), Transport::Mmio).unwrap();
+            restore(&paths(&disk, "base"), &folder(&new, &format!("restored-{round}")), Transport::Mmio)
+                .unwrap();
         assert_eq!(marked(restored.memory()), generation);
         restored.stop().unwrap();
         fs::remove_dir_all(disk.join(next)).unwrap();
@@ -196,7 +199,11 @@ fn by_shell(script: &str, name: &str) -> Result<bool, String> {
     command.args([name, "--exact", "--ignored", "--nocapture"]);
     prepare(&mut command, &disk, &new);
     let status = command.status().map_err(|error| error.to_string())?;
-    if status.code() == Some(77) { Err("it is not permitted here".to_owned()) } else { Ok(new.join("done").exists()) }
+    if status.code() == Some(77) {
+        Err("it is not permitted here".to_owned())
+    } else {
+        Ok(new.join("done").exists())
+    }
 }
 
 #[test]

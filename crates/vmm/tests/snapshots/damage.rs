@@ -92,9 +92,12 @@ fn a_flip_of_a_bit_of_a_state_file_is_found() {
     let good = snapshot(dir.path(), "good", Transport::Pci);
     let mut bytes = fs::read(good.state()).unwrap();
     let all = std::env::var_os("FREESTONE_CORRUPTIONS").is_some();
-    let large: Vec<_> = bodies(&bytes).1.into_values().map(|(_, _, body)| body).filter(|body| body.len() > 64).collect();
-    let places: Vec<_> =
-        large.iter().filter_map(|body| Some((bytes.windows(body.len()).position(|at| at == body)?, body.len()))).collect();
+    let large: Vec<_> =
+        bodies(&bytes).1.into_values().map(|(_, _, body)| body).filter(|body| body.len() > 64).collect();
+    let places: Vec<_> = large
+        .iter()
+        .filter_map(|body| Some((bytes.windows(body.len()).position(|at| at == body)?, body.len())))
+        .collect();
     for at in 0..bytes.len() {
         let one = !all && places.iter().any(|(from, len)| (*from..from + len).contains(&at));
         for bit in (0..8).filter(|bit| !one || at % 8 == *bit) {
@@ -176,8 +179,9 @@ fn states_with_right_checksums_and_wrong_values_are_refused_or_make_a_machine_th
         PEAK.store(before, Ordering::Relaxed);
         for case in 0..count("FREESTONE_CORRUPTIONS", 300) / 2 {
             let mut bad = sections.clone();
-            let changes: Vec<_> =
-                (0..=random.below(3)).map_while(|_| (!bad.is_empty()).then(|| change(&mut random, &mut bad))).collect();
+            let changes: Vec<_> = (0..=random.below(3))
+                .map_while(|_| (!bad.is_empty()).then(|| change(&mut random, &mut bad)))
+                .collect();
             let paths = with_state(&dir, &good, &state_file(&header, &bad));
             match restore(&paths, &dir, transport) {
                 Ok(mut machine) => {

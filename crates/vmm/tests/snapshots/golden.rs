@@ -91,9 +91,17 @@ fn compare(name: &str, golden: &Bodies, now: &Bodies) {
     assert_eq!(names(golden), names(now), "{}", advice(name, "Other sections are written than those"));
     for (section, (version, optional, body)) in golden {
         let (new, new_optional, new_body) = &now[section];
-        assert!(new >= version && optional == new_optional, "{}", advice(name, &format!("{section} is not that")));
+        assert!(
+            new >= version && optional == new_optional,
+            "{}",
+            advice(name, &format!("{section} is not that"))
+        );
         if new == version && !is_of_the_moment(section) {
-            assert!(body == new_body, "{}", advice(name, &format!("{section} is written otherwise than that")));
+            assert!(
+                body == new_body,
+                "{}",
+                advice(name, &format!("{section} is written otherwise than that"))
+            );
         }
     }
 }

@@ -174,7 +174,11 @@ pub(crate) fn marked(memory: &GuestMem) -> u64 {
     found[0]
 }
 
-pub(crate) fn store<H: Hypervisor>(machine: &mut Machine<H>, to: &StorePaths, kind: Kind) -> Result<StoreReport> {
+pub(crate) fn store<H: Hypervisor>(
+    machine: &mut Machine<H>,
+    to: &StorePaths,
+    kind: Kind,
+) -> Result<StoreReport> {
     let mut options = StoreOptions::new("freestone-tests 0.1.0");
     options.kind = kind;
     machine.paused().unwrap().store(to, &options, State::new(), &mut |_, _| {})

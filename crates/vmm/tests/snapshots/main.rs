@@ -9,6 +9,7 @@
 //! | `FREESTONE_SEED` | with which number random choices begin |
 //! | `FREESTONE_BLESS` | golden files that are not there are written |
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
+#![expect(clippy::cast_possible_truncation, reason = "numbers in tests are small")]
 
 mod chain;
 #[path = "../common/mod.rs"]

@@ -136,7 +136,10 @@ fn begin(kvm: &Kvm, dir: &Path) {
     let mut machine = builder(kvm, dir, Transport::Pci, &console)
         .memory(GuestMemBuilder::new(MEMORY).build().unwrap())
         .cpus(2)
-        .payload(Payload::Image { bytes: freestone_guest::LIFE.into(), cmdline: "every=1 spin=2000 memory=512".into() })
+        .payload(Payload::Image {
+            bytes: freestone_guest::LIFE.into(),
+            cmdline: "every=1 spin=2000 memory=512".into(),
+        })
         .build()
         .unwrap();
     machine.start().unwrap();
@@ -164,7 +167,10 @@ fn check(dir: &Path, restores: usize) {
         life::check_disk(&disk, life::MAX_SECTORS, last.round).unwrap();
         return;
     }
-    panic!("the guest has not noticed {restores} restores: {}", fs::read_to_string(dir.join("told")).unwrap());
+    panic!(
+        "the guest has not noticed {restores} restores: {}",
+        fs::read_to_string(dir.join("told")).unwrap()
+    );
 }
 
 /// Begins a life, has `round` carry it on in new processes, and looks at what it says.
