@@ -35,6 +35,7 @@ mod top;
 
 use std::io;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -43,6 +44,10 @@ use crate::cli::{Cli, Command};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
+    // A snapshot that is larger than a file may be is an error, and the machine goes on; otherwise this signal ends the process.
+    if let Err(error) = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default()) {
+        eprintln!("freestone: cannot ignore SIGXFSZ: {error}");
+    }
     if firecracker::is_called() {
         return firecracker::alone();
     }

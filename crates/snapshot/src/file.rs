@@ -182,7 +182,14 @@ impl SnapshotFile {
     /// [`Error::File`], and those of [`Reader::new`].
     pub fn open(path: impl AsRef<Path>, limits: Limits) -> Result<Reader<BufReader<File>>> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(Error::file("open", path))?;
+        // A FIFO would wait for its other end.
+        let options = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let opened = OpenOptions::new().read(true).custom_flags(options).open(path);
+        let file = opened.map_err(Error::file("open", path))?;
+        if !file.metadata().map_err(Error::file("look at", path))?.is_file() {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file");
+            return Err(Error::File { op: "open", path: path.to_owned(), source });
+        }
         Reader::whole_file(BufReader::with_capacity(64 << 10, file), limits)
     }
 }

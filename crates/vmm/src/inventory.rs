@@ -49,18 +49,24 @@ impl Inventory {
         Ok(())
     }
 
-    /// Resumes all devices, first first.
+    /// Resumes all devices, first first. If one fails, those resumed before it are paused.
     ///
     /// # Errors
-    /// [`Error::Device`] of the first that fails; the others behind it stay paused.
+    /// [`Error::Device`] of the first that fails.
     pub fn resume(&mut self) -> Result<()> {
-        self.devices.iter_mut().try_for_each(|d| {
-            d.resume().map_err(|source| Error::Device {
-                doing: "resume",
-                device: d.name().to_owned(),
-                source,
-            })
-        })
+        for at in 0..self.devices.len() {
+            let Some(device) = self.devices.get_mut(at) else { continue };
+            if let Err(source) = device.resume() {
+                let error = Error::Device { doing: "resume", device: device.name().to_owned(), source };
+                for resumed in self.devices.iter_mut().take(at).rev() {
+                    if let Err(source) = resumed.pause() {
+                        tracing::error!(device = resumed.name(), %source, "cannot pause after a failed resume");
+                    }
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
     /// Adds the state of every device to `state`. They must be paused.
@@ -166,6 +172,14 @@ mod tests {
         let error = inventory.pause().unwrap_err();
         assert_eq!(error.to_string(), "cannot pause device b");
         assert_eq!(*log.lock().unwrap(), ["pause c", "pause b", "resume c"]);
+    }
+
+    #[test]
+    fn a_failed_resume_pauses_what_was_resumed() {
+        let (mut inventory, log) = three("c");
+        let error = inventory.resume().unwrap_err();
+        assert_eq!(error.to_string(), "cannot resume device c");
+        assert_eq!(*log.lock().unwrap(), ["resume a", "resume b", "resume c", "pause b", "pause a"]);
     }
 
     #[test]

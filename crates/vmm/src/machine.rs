@@ -6,6 +6,7 @@ use std::sync::Arc;
 use freestone_bus::{EventLoop, Task, Work, spawn};
 use freestone_hypervisor::x86::{ClockPolicy, ClockState};
 use freestone_hypervisor::{Hypervisor, Vm};
+use freestone_memory::image::ImageLayout;
 use freestone_memory::{DirtyPages, GuestMem};
 use freestone_vcpu::stats::{Snapshot, StatsReader};
 
@@ -207,18 +208,20 @@ impl<H: Hypervisor> Machine<H> {
     /// Goes on after [`pause`](Self::pause).
     ///
     /// # Errors
-    /// [`Error::State`], or [`Error::Device`] if a device cannot go on: the machine then stays paused.
+    /// [`Error::State`]; [`Error::Device`] if a device cannot go on, or the hypervisor's: the machine then stays paused.
     pub fn resume(&mut self) -> Result<()> {
         if self.state == State::Running {
             return Ok(());
         }
         self.expect("resume", State::Paused)?;
-        self.inventory.resume()?;
-        if let Some((clock, policy)) = self.clock.take()
+        // Kept until nothing can fail any more: the next attempt sets it again.
+        if let Some((clock, policy)) = self.clock
             && let Some(vm) = self.vm.state()
         {
             vm.set_clock(&clock, policy)?;
         }
+        self.inventory.resume()?;
+        self.clock = None;
         if !self.vcpus.started() {
             return self.start_vcpus();
         }
@@ -288,7 +291,7 @@ impl<H: Hypervisor> Machine<H> {
     pub(crate) fn begin_tracking(&mut self) -> Result<bool> {
         let Some(log) = self.vm.dirty_log().filter(|_| self.memory.logs_dirty()) else { return Ok(false) };
         let mut tracker = Tracker::default();
-        tracker.start(log, &self.memory)?;
+        tracker.start(log, &self.memory, false)?;
         self.tracker = Some(tracker);
         Ok(true)
     }
@@ -298,7 +301,9 @@ impl<H: Hypervisor> Machine<H> {
         match (&mut self.tracker, self.vm.dirty_log()) {
             (Some(tracker), Some(log)) => {
                 tracker.collect(log, &self.memory)?;
-                Ok(tracker.take_pages())
+                let pages = tracker.pages(&ImageLayout::of_all(&self.memory)?);
+                tracker.forget();
+                Ok(pages)
             }
             _ => Err(Error::NotTracked),
         }

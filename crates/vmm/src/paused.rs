@@ -27,6 +27,9 @@ impl<'m, H: Hypervisor> Paused<'m, H> {
         let clock = self.0.clock();
         let machine = &mut *self.0;
         let mut state = State::new();
+        // Before the interrupt controllers: if a device is told something by another thread meanwhile, the guest gets an interrupt too
+        // many, and none too few.
+        machine.inventory.save(&mut state)?;
         let vcpus = machine.vcpus.save()?;
         state.put(&MachineSection::new(vcpus.len(), machine.memory(), machine.board.has_irq_chip()))?;
         for (index, vcpu) in vcpus.into_iter().enumerate() {
@@ -36,7 +39,6 @@ impl<'m, H: Hypervisor> Paused<'m, H> {
         // Of a restored machine that did not go on yet, the clock was not set yet.
         saved.clock = clock.or(saved.clock);
         state.put(&VmSection::try_from(saved)?)?;
-        machine.inventory.save(&mut state)?;
         Ok(state)
     }
 

@@ -158,12 +158,10 @@ pub(crate) fn restore(
     let id = stored.memory().id();
     let origin = Origin::Restore { sections: stored.sections(), memory, clock: request.clock };
     let mut vm = Vm::create(kvm, config, &run, console, origin)?;
+    if run.track_dirty {
+        vm.machine.paused()?.track_since(id)?;
+    }
     stored.fill(&vm.machine)?;
     stored.finish()?;
-    if run.track_dirty {
-        let mut paused = vm.machine.paused()?;
-        paused.track(true)?;
-        paused.set_base(id);
-    }
     Ok((vm, run))
 }

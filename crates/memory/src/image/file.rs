@@ -39,13 +39,15 @@ pub fn copy_sparse(from: &File, to: &File, progress: Progress<'_>) -> Result<()>
 }
 
 /// Writes the pages of a difference into `base`, which becomes the full image of the later moment. `checksums` are those of
-/// `base`, if it has any; they become those of what it is now.
+/// `base`, if it has any: the chunks that are changed are compared with them before, so that damage does not get checksums that fit
+/// it. They become those of what it is now.
 ///
 /// A crash in between leaves something that is neither the one nor the other: work on a [copy](copy_sparse), and rename it.
 ///
 /// # Errors
 /// - [`Error::ImageSize`]: a file is shorter than the image; [`Error::ImageRefused`]: not one checksum for each chunk, or
 ///   the files are one.
+/// - [`Error::Damaged`]: the base is not what its checksums say. Nothing was written to it.
 /// - [`Error::Image`]: one cannot be read or the other cannot be written.
 pub fn apply_diff(
     base: &File,
@@ -58,6 +60,16 @@ pub fn apply_diff(
     apart(base, diff)?;
     check_size(base, layout)?;
     check_size(diff, layout)?;
+    if let Some(sums) = &checksums {
+        check_sums(sums, layout)?;
+        let all = Extents::all(layout);
+        let mut reader = Reader::new(base);
+        for (sum, chunk) in sums.iter().zip(chunks(layout)) {
+            if extents.within(chunk).next().is_some() && reader.sum(&all, chunk)? != *sum {
+                return Err(Error::Damaged { offset: chunk.start, len: chunk.end - chunk.start });
+            }
+        }
+    }
     let (total, mut done) = (extents.bytes(), 0);
     for extent in extents.spans() {
         let mut at = extent.start;
@@ -71,7 +83,6 @@ pub fn apply_diff(
         progress(done, total);
     }
     if let Some(sums) = checksums {
-        check_sums(sums, layout)?;
         let all = Extents::all(layout);
         let mut reader = Reader::new(base);
         for (sum, chunk) in sums.iter_mut().zip(chunks(layout)) {

@@ -99,7 +99,8 @@ pub fn send<S: Read + Write>(
     options: &MigrateOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<MigrateReport> {
-    let mut sender = Sender { stream, body: Vec::new(), report: MigrateReport::default(), progress };
+    let mut sender =
+        Sender { stream, copied: false, body: Vec::new(), report: MigrateReport::default(), progress };
     let begin = Instant::now();
     sender.hello(source, hello, options)?;
     sender.precopy(source, options)?;
@@ -117,6 +118,8 @@ pub fn send<S: Read + Write>(
 
 struct Sender<'a, S> {
     stream: &'a mut S,
+    /// All of memory was sent once, and what was written since is logged.
+    copied: bool,
     body: Vec<u8>,
     report: MigrateReport,
     progress: &'a mut dyn FnMut(u64, u64),
@@ -155,6 +158,7 @@ impl<S: Read + Write> Sender<'_, S> {
         let memory = source.memory();
         let mut began = Instant::now();
         let mut bytes = self.everything(&memory)?;
+        self.copied = true;
         for round in 1..=options.max_rounds {
             self.report.rounds = round;
             let dirty = source.collect()?;
@@ -181,11 +185,11 @@ impl<S: Read + Write> Sender<'_, S> {
     fn last(&mut self, source: &mut dyn Source, options: &MigrateOptions) -> Result<()> {
         let state = source.pause_and_save()?;
         let memory = source.memory();
-        if self.report.rounds == 0 {
-            self.everything(&memory)?;
-        } else {
+        if self.copied {
             let dirty = source.collect()?;
             self.dirty(&memory, &dirty)?;
+        } else {
+            self.everything(&memory)?;
         }
         self.state(Frame::State, &state, options)?;
         expect(self.stream, &mut self.body, Frame::Ready)

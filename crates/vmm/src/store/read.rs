@@ -1,6 +1,7 @@
 //! A snapshot that is there: looked at, verified, restored from.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,13 +9,14 @@ use freestone_hypervisor::Hypervisor;
 use freestone_memory::image::{self, Extents, ImageLayout};
 use freestone_memory::layout::RamRange;
 use freestone_memory::{GuestMem, GuestMemBuilder};
-use freestone_snapshot::{Arch, Limits, Sections, SnapshotFile};
+use freestone_snapshot::{Arch, Sections, SnapshotFile};
 
 use rustix::fs::SealFlags;
 
 use super::Id;
+use super::id::TRAILER;
 use super::memory::MemorySection;
-use super::write::StorePaths;
+use super::write::{LIMITS, StorePaths};
 use crate::saved::MachineSection;
 use crate::{Error, Machine, Result};
 
@@ -37,7 +39,7 @@ impl Stored {
     /// [`Error::Snapshot`] if the state is damaged or not for this version or architecture; [`Error::Memory`] if the memory file
     /// cannot be opened; [`Error::Stored`] if it is of another snapshot.
     pub fn open(paths: &StorePaths) -> Result<Self> {
-        let reader = SnapshotFile::open(paths.state(), Limits::default())?;
+        let reader = SnapshotFile::open(paths.state(), LIMITS)?;
         reader.header().check_arch(Arch::host())?;
         let mut sections = Sections::load(reader)?;
         let section: MemorySection = sections.take()?;
@@ -48,6 +50,9 @@ impl Stored {
         let path = paths.memory_of(&section)?;
         let memory =
             Arc::new(image::open(&path).map_err(|source| Error::File { path: path.clone(), source })?);
+        if paths.memory().is_none() {
+            refuse_link(&path, &memory)?;
+        }
         let stored = Self { sections, section, layout, extents, machine, memory, path };
         stored.check_memory()?;
         Ok(stored)
@@ -58,13 +63,18 @@ impl Stored {
             // A file in memory that a template made together with its state, and that nobody can make shorter.
             return Ok(());
         }
-        let found = Id::of_memory(&self.memory, self.layout.size());
-        let found = found.map_err(|source| Error::Io { op: "read the end of a memory file", source })?;
+        let failed = |source| Error::Io { op: "read the end of a memory file", source };
         let wrong = |reason| Err(Error::Stored { path: self.path.clone(), reason });
+        let (len, expected) =
+            (self.memory.metadata().map_err(failed)?.len(), self.layout.size() + TRAILER as u64);
+        if len != expected {
+            return wrong(format!("it has {len} bytes and should have {expected}"));
+        }
+        let found = Id::of_memory(&self.memory, self.layout.size()).map_err(failed)?;
         match found {
             Some(id) if id == self.section.id => Ok(()),
             Some(id) => wrong(format!("it is the memory of snapshot {id}, not of {}", self.section.id)),
-            None => wrong("it is cut off, or no memory of a snapshot".to_owned()),
+            None => wrong("it is damaged, or no memory of a snapshot".to_owned()),
         }
     }
 
@@ -154,6 +164,17 @@ impl Stored {
     }
 }
 
+/// A snapshot names a file of its own folder: not a link, which could lead out of it.
+fn refuse_link(path: &Path, opened: &File) -> Result<()> {
+    let failed = |source| Error::Io { op: "look at a memory file", source };
+    let place = |metadata: &std::fs::Metadata| (metadata.dev(), metadata.ino());
+    let found = std::fs::symlink_metadata(path).map_err(failed)?;
+    if place(&found) == place(&opened.metadata().map_err(failed)?) {
+        return Ok(());
+    }
+    Err(Error::Stored { path: path.to_owned(), reason: "it is no file, or not the one it was".to_owned() })
+}
+
 fn is_sealed(file: &File) -> bool {
     let wanted = SealFlags::SHRINK | SealFlags::GROW;
     rustix::fs::fcntl_get_seals(file).is_ok_and(|seals| seals.contains(wanted))
@@ -176,6 +197,8 @@ pub(crate) fn fill(
     if rest > 0 {
         let extents = Extents::new(vec![image::Extent { offset: ram, len: rest }], layout)?;
         image::overlay(memory, layout, file, &extents, &mut |_, _| {})?;
+        // What the snapshot has is no difference to it.
+        drop(memory.take_dirty());
     }
     Ok(())
 }

@@ -3,10 +3,10 @@
 use std::fs::File;
 
 use freestone_memory::image;
-use freestone_snapshot::{AtomicFile, SnapshotFile};
+use freestone_snapshot::AtomicFile;
 
 use super::read::Stored;
-use super::write::StorePaths;
+use super::write::{StorePaths, differs, lock, place};
 use crate::{Error, Result};
 
 impl Stored {
@@ -26,18 +26,15 @@ impl Stored {
             Some(_) => {}
         }
         base.expect_full()?;
+        if self.section.checksums.is_some() {
+            // Damage must not get checksums that fit it.
+            self.verify(&mut |_, _| {})?;
+        }
         let header = self.sections.header().clone();
         let mut section = self.section.clone();
         let mut state = self.sections.clone().into_state();
-        let memory_path = match target.memory() {
-            Some(path) => path.to_owned(),
-            None => {
-                let name = format!("memory-{}", section.id.short());
-                let path = target.folder().join(&name);
-                section.file = Some(name);
-                path
-            }
-        };
+        let _lock = lock(target)?;
+        let memory_path = target.memory_for(&mut section);
         let aside = AtomicFile::create(&memory_path)?;
         let file = aside.file();
         let mut sums = self.copy_base(base, file, progress)?;
@@ -48,12 +45,7 @@ impl Stored {
         section.extents = vec![(0, layout.size())];
         section.checksums = sums;
         state.put(&section)?;
-        let mut stored = SnapshotFile::create(target.state(), &header)?;
-        state.write_to(stored.writer())?;
-        aside.commit()?;
-        stored.finish()?;
-        super::write::remove_former(target, &memory_path);
-        Ok(())
+        place(target, &state, &header, aside)
     }
 
     /// Copies the memory of `base`; gives its checksums.
@@ -64,11 +56,7 @@ impl Stored {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Option<Vec<u32>>> {
         if self.layout != base.layout {
-            return Err(Error::Differs {
-                what: "layout of memory",
-                saved: format!("{} bytes in {} ranges", self.layout.size(), self.layout.ranges().len()),
-                built: format!("{} bytes in {} ranges", base.layout.size(), base.layout.ranges().len()),
-            });
+            return Err(differs(&self.layout, &base.layout));
         }
         image::copy_sparse(base.memory_file(), file, progress)?;
         Ok(base.section.checksums.clone())

@@ -1,14 +1,23 @@
 //! Writing a snapshot of a paused machine.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use freestone_hypervisor::{Hypervisor, Vm};
-use freestone_memory::image;
-use freestone_snapshot::{Arch, AtomicFile, Header, SnapshotFile, State};
+use freestone_memory::image::{self, ImageLayout};
+use freestone_snapshot::{Arch, AtomicFile, Header, Limits, Sections, SnapshotFile, State};
+use rustix::fs::FlockOperation;
 
+use super::id::TRAILER;
 use super::memory::{MemorySection, layout_of};
 use super::{Id, Tracker};
 use crate::{Error, Paused, Result};
+
+/// With what the names of memory files in folders begin.
+const PREFIX: &str = "memory-";
+/// The most that a state file may be. What would be more is not written.
+pub(super) const LIMITS: Limits =
+    Limits { sections: 1 << 14, in_memory: 64 << 20, section: u64::MAX, total: u64::MAX };
 
 /// How much of memory a snapshot has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -65,8 +74,19 @@ impl StorePaths {
         }
     }
 
+    /// Where the memory of a snapshot that is written goes; `section` is told if it is to say so.
+    pub(super) fn memory_for(&self, section: &mut MemorySection) -> PathBuf {
+        self.memory.clone().unwrap_or_else(|| {
+            let name = format!("{PREFIX}{}", section.id.short());
+            let path = self.folder().join(&name);
+            section.file = Some(name);
+            path
+        })
+    }
+
     pub(super) fn folder(&self) -> &Path {
-        self.state.parent().unwrap_or(Path::new("."))
+        // The parent of a bare name is empty.
+        self.state.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
 }
 
@@ -120,31 +140,28 @@ impl<H: Hypervisor> Paused<'_, H> {
         extra: State,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<StoreReport> {
+        let _lock = lock(paths)?;
+        sweep(paths);
         let id = Id::random().map_err(|source| Error::Io { op: "make up a name for a snapshot", source })?;
         let mut state = self.save()?;
         state.absorb(extra)?;
         let layout = layout_of(self.memory())?;
         let base = match options.kind {
             Kind::Full => None,
-            Kind::Diff => Some(self.tracker().and_then(|tracker| tracker.base).ok_or(Error::NotTracked)?),
+            Kind::Diff => Some(self.base(&layout)?),
         };
         let mut section = MemorySection::new(id, base, &layout);
-        let memory_path = match paths.memory() {
-            Some(path) => path.to_owned(),
-            None => {
-                let name = format!("memory-{}", id.short());
-                let path = paths.folder().join(&name);
-                section.file = Some(name);
-                path
-            }
-        };
+        let memory_path = paths.memory_for(&mut section);
+        if let Some(base) = base {
+            refuse_over(paths, base)?;
+        }
         // What was logged until now is in this snapshot, whatever its kind.
         self.collect()?;
         let aside = AtomicFile::create(&memory_path)?;
         let file = aside.file();
         let stats = match (options.kind, self.tracker()) {
             (Kind::Diff, Some(tracker)) => {
-                let dirty = tracker.pages();
+                let dirty = tracker.pages(&layout);
                 let (stats, extents) =
                     image::write_diff(self.memory(), &layout, &dirty, file, options.checksums, progress)?;
                 section.set_extents(&extents);
@@ -156,16 +173,13 @@ impl<H: Hypervisor> Paused<'_, H> {
         section.checksums = stats.checksums;
         id.write_trailer(file, layout.size())?;
         state.put(&section)?;
-        let mut stored = SnapshotFile::create(paths.state(), &Header::new(Arch::host(), &options.program)?)?;
-        state.write_to(stored.writer())?;
-        aside.commit()?;
-        stored.finish()?;
+        place(paths, &state, &Header::new(Arch::host(), &options.program)?, aside)?;
+        let memory = layout.size();
         if let Some(tracker) = self.tracker_mut() {
-            tracker.saved(id);
+            tracker.saved(id, layout);
         }
-        remove_former(paths, &memory_path);
         let state = u64::try_from(state.len()).unwrap_or(u64::MAX);
-        Ok(StoreReport { id, written, memory: layout.size(), state })
+        Ok(StoreReport { id, written, memory, state })
     }
 
     /// Begins or ends the log of what guest and devices write, which differences need. What was logged before is forgotten. To
@@ -174,24 +188,44 @@ impl<H: Hypervisor> Paused<'_, H> {
     /// # Errors
     /// [`Error::NotTracked`] if memory or hypervisor cannot log, or as the hypervisor fails.
     pub fn track(&mut self, on: bool) -> Result<()> {
-        let machine = self.machine();
-        let log = machine.vm.dirty_log().filter(|_| machine.memory.logs_dirty()).ok_or(Error::NotTracked)?;
         if on {
-            let mut tracker = Tracker::default();
-            tracker.start(log, &machine.memory)?;
-            machine.tracker = Some(tracker);
+            let tracker = self.start(false)?;
+            self.machine().tracker = Some(tracker);
         } else {
-            Tracker::stop(log)?;
+            let machine = self.machine();
             machine.tracker = None;
+            Tracker::stop(machine.vm.dirty_log().ok_or(Error::NotTracked)?)?;
         }
         Ok(())
     }
 
-    /// Says that memory is now as snapshot `id` has it: the next difference is one to that.
-    pub fn set_base(&mut self, id: Id) {
-        if let Some(tracker) = self.tracker_mut() {
-            tracker.saved(id);
-        }
+    /// Begins to log in a machine that was just restored from snapshot `id`: the next difference is one to that. What devices wrote as
+    /// they were restored is in it. To be called before memory is [filled](super::Stored::fill), which is no difference.
+    ///
+    /// # Errors
+    /// As [`track`](Self::track); [`Error::Memory`] if the memory is none that a snapshot can be of.
+    pub fn track_since(&mut self, id: Id) -> Result<()> {
+        let layout = layout_of(self.memory())?;
+        let mut tracker = self.start(true)?;
+        tracker.since(id, layout);
+        self.machine().tracker = Some(tracker);
+        Ok(())
+    }
+
+    fn start(&mut self, keep: bool) -> Result<Tracker> {
+        let machine = self.machine();
+        let log = machine.vm.dirty_log().filter(|_| machine.memory.logs_dirty()).ok_or(Error::NotTracked)?;
+        let mut tracker = Tracker::default();
+        tracker.start(log, &machine.memory, keep)?;
+        Ok(tracker)
+    }
+
+    /// The snapshot that a difference of memory of this layout is one to.
+    fn base(&self, layout: &ImageLayout) -> Result<Id> {
+        let (id, known) =
+            self.tracker().and_then(|tracker| tracker.base.as_ref()).ok_or(Error::NotTracked)?;
+        // Nobody could bring it into its base.
+        if known == layout { Ok(*id) } else { Err(differs(known, layout)) }
     }
 
     fn collect(&mut self) -> Result<()> {
@@ -211,20 +245,90 @@ impl<H: Hypervisor> Paused<'_, H> {
     }
 }
 
-/// Removes the memory files of former snapshots of this folder. What cannot be removed does no harm.
-pub(super) fn remove_former(paths: &StorePaths, keep: &Path) {
+/// Both differ in which memory there is.
+pub(super) fn differs(saved: &ImageLayout, built: &ImageLayout) -> Error {
+    let show = |layout: &ImageLayout| format!("{} bytes in {} ranges", layout.size(), layout.ranges().len());
+    Error::Differs { what: "layout of memory", saved: show(saved), built: show(built) }
+}
+
+/// Refuses to write a difference over the very snapshot that it is the difference to: neither would be of use then.
+fn refuse_over(paths: &StorePaths, base: Id) -> Result<()> {
+    let reason = || "it is what the difference is to, which is needed: write it to another place".to_owned();
+    if present(paths.state()).is_some_and(|section| section.id == base) {
+        return Err(Error::Stored { path: paths.state().to_owned(), reason: reason() });
+    }
+    let Some(path) = paths.memory() else { return Ok(()) };
+    let id = image::open(path).ok().and_then(|file| {
+        let len = file.metadata().ok()?.len().checked_sub(TRAILER as u64)?;
+        Id::of_memory(&file, len).ok()?
+    });
+    if id == Some(base) { Err(Error::Stored { path: path.to_owned(), reason: reason() }) } else { Ok(()) }
+}
+
+/// What the snapshot says of its memory whose state file this is, if it can be read.
+fn present(state: &Path) -> Option<MemorySection> {
+    Sections::load(SnapshotFile::open(state, LIMITS).ok()?).ok()?.take().ok()
+}
+
+/// Puts the files of a snapshot in their places: the memory, which is written, and then the state that names it.
+pub(super) fn place(paths: &StorePaths, state: &State, header: &Header, memory: AtomicFile) -> Result<()> {
+    let sections = state.names().count();
+    if state.len() as u64 > LIMITS.in_memory || sections as u64 > u64::from(LIMITS.sections) {
+        let reason = format!("a state of {} bytes in {sections} sections could not be restored", state.len());
+        return Err(Error::Stored { path: paths.state().to_owned(), reason });
+    }
+    let mut stored = SnapshotFile::create(paths.state(), header)?;
+    state.write_to(stored.writer())?;
+    let placed = memory.commit().and_then(|()| stored.finish());
+    // Of the former snapshot or, if it failed, of this one.
+    sweep(paths);
+    Ok(placed?)
+}
+
+/// Keeps others from writing to the same folder as long as the file is there. File systems without locks do without.
+pub(super) fn lock(paths: &StorePaths) -> Result<Option<File>> {
+    if paths.memory().is_some() {
+        return Ok(None);
+    }
+    let folder = match File::open(paths.folder()) {
+        Ok(folder) => folder,
+        Err(source) => return Err(Error::Io { op: "open the folder of a snapshot", source }),
+    };
+    match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Stored {
+            path: paths.folder().to_owned(),
+            reason: "another snapshot is just being written there".to_owned(),
+        }),
+        _ => Ok(Some(folder)),
+    }
+}
+
+/// Removes the memory files of a folder that are not of its snapshot: of former ones, and of such as never became one because their
+/// writer was killed. What cannot be removed does no harm.
+pub(super) fn sweep(paths: &StorePaths) {
     if paths.memory().is_some() {
         return;
     }
+    let keep = match present(paths.state()) {
+        Some(section) => section.file,
+        None if std::fs::symlink_metadata(paths.state())
+            .is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) =>
+        {
+            None
+        }
+        // It cannot be told what belongs to it.
+        None => return,
+    };
     for entry in std::fs::read_dir(paths.folder()).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let ours = entry.file_name().to_str().is_some_and(|name| {
-            name.strip_prefix("memory-")
-                .is_some_and(|id| id.len() == 8 && id.bytes().all(|b| b.is_ascii_hexdigit()))
+        let name = entry.file_name();
+        let ours = name.to_str().is_some_and(|name| {
+            let id = name.strip_prefix(PREFIX);
+            id.is_some_and(|id| id.len() == 8 && id.bytes().all(|b| b.is_ascii_hexdigit()))
+                && keep.as_deref() != Some(name)
         });
-        if ours && path != keep {
+        if ours {
             // A restored machine may still have it mapped, and keeps it.
-            drop(std::fs::remove_file(path));
+            drop(std::fs::remove_file(entry.path()));
         }
     }
 }
