@@ -6,6 +6,7 @@ use std::ffi::c_ulong;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::AtomicU8;
 use std::sync::{Arc, OnceLock};
@@ -60,14 +61,18 @@ struct Mapping {
 impl Mapping {
     fn new(len: usize, flags: libc::c_int, fd: RawFd, offset: libc::off_t) -> io::Result<Self> {
         // SAFETY: a new mapping at an address that the kernel chooses touches no memory of this process.
-        let base =
-            unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, offset) };
+        let base = unsafe {
+            libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, offset)
+        };
         match NonNull::new(base) {
             Some(base) if base.as_ptr() != libc::MAP_FAILED => Ok(Self { base: base.cast(), len }),
             _ => Err(io::Error::last_os_error()),
         }
     }
 }
+
+// SAFETY: the mapping belongs to this value alone and is not bound to a thread.
+unsafe impl Send for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
@@ -302,12 +307,31 @@ impl Vm {
         self.memory.iter().map(|(gpa, mapping)| (*gpa, mapping.len as u64)).collect()
     }
 
-    /// What `immediate_exit` of the run page is.
-    pub(crate) fn immediate_exit(&self) -> NonNull<AtomicU8> {
+    /// Where `immediate_exit` of the run page is, for other threads; for as long as the VM is there.
+    pub fn immediate_exit(&self) -> NonNull<AtomicU8> {
         // SAFETY: the field is within the mapping, which is at least as large as a `kvm_run`.
         let field = unsafe { &raw mut (*self.run.base.as_ptr().cast::<kvm_run>()).immediate_exit };
         // SAFETY: the address of a field of a mapping is not null.
         unsafe { NonNull::new_unchecked(field.cast()) }
+    }
+
+    /// Writes what is in the first `len` bytes of memory to `file`, which becomes an image of the whole.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write_image(&self, file: &File, len: usize) -> io::Result<()> {
+        const PAGE: usize = 4096;
+        file.set_len(self.memory.iter().map(|(_, mapping)| mapping.len as u64).sum())?;
+        let Some((_, first)) = self.memory.first() else { return Ok(()) };
+        // SAFETY: within the mapping, initialized by the kernel; the guest does not run while `self` is borrowed, as `run`
+        // takes it mutably.
+        let bytes = unsafe { std::slice::from_raw_parts(first.base.as_ptr(), first.len.min(len)) };
+        for (page, at) in bytes.chunks(PAGE).zip((0_u64..).step_by(PAGE)) {
+            if page.iter().any(|&byte| byte != 0) {
+                file.write_all_at(page, at)?;
+            }
+        }
+        Ok(())
     }
 
     /// Finishes the instruction of the last exit, so that the state is whole.

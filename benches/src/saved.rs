@@ -170,7 +170,8 @@ impl Vm {
         let vm = Self::with_ranges(host, &saved.ranges, Some(image), Order::MemoryFirst)?;
         for call in &saved.calls {
             let fd = if call.target == Target::Vm { vm.fd() } else { vm.vcpu_fd() };
-            let argument = if call.words.is_empty() { call.number } else { call.words.as_ptr().addr() as u64 };
+            let argument =
+                if call.words.is_empty() { call.number } else { call.words.as_ptr().addr() as u64 };
             // SAFETY: the words are the structure that the request takes, as the kernel gave it, and longer than its fixed
             // part; requests that set only read it. Without words the request takes a number.
             if unsafe { libc::ioctl(fd, call.request, argument) } < 0 {
