@@ -6,7 +6,10 @@ use std::ffi::c_ulong;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::{self, NonNull};
+use std::sync::atomic::AtomicU8;
+use std::sync::{Arc, OnceLock};
 
 use freestone_memory::layout::{HOLE_START, KVM_TSS, RAM_ABOVE_HOLE};
 use kvm_bindings::{
@@ -16,7 +19,7 @@ use kvm_bindings::{
 
 use crate::image::Image;
 
-const fn request(direction: c_ulong, number: c_ulong, size: usize) -> c_ulong {
+pub(crate) const fn request(direction: c_ulong, number: c_ulong, size: usize) -> c_ulong {
     direction << 30 | (size as c_ulong) << 16 | 0xAE << 8 | number
 }
 
@@ -56,16 +59,20 @@ struct Mapping {
 }
 
 impl Mapping {
-    fn new(len: usize, flags: libc::c_int, fd: RawFd) -> io::Result<Self> {
+    fn new(len: usize, flags: libc::c_int, fd: RawFd, offset: libc::off_t) -> io::Result<Self> {
         // SAFETY: a new mapping at an address that the kernel chooses touches no memory of this process.
-        let base =
-            unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
+        let base = unsafe {
+            libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, offset)
+        };
         match NonNull::new(base) {
             Some(base) if base.as_ptr() != libc::MAP_FAILED => Ok(Self { base: base.cast(), len }),
             _ => Err(io::Error::last_os_error()),
         }
     }
 }
+
+// SAFETY: the mapping belongs to this value alone and is not bound to a thread.
+unsafe impl Send for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
@@ -83,7 +90,43 @@ pub struct Vm {
     run: Mapping,
     vm: OwnedFd,
     memory: Vec<(u64, Mapping)>,
+    host: Arc<Host>,
+}
+
+/// `/dev/kvm`, opened once for any number of VMs, and what it says of the host.
+#[derive(Debug)]
+pub struct Host {
     kvm: File,
+    cpuid: OnceLock<CpuId>,
+}
+
+impl Host {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn open() -> io::Result<Arc<Self>> {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
+        Ok(Arc::new(Self { kvm, cpuid: OnceLock::new() }))
+    }
+
+    fn cpuid(&self) -> io::Result<&CpuId> {
+        if let Some(cpuid) = self.cpuid.get() {
+            return Ok(cpuid);
+        }
+        let mut cpuid = CpuId::new(KVM_MAX_CPUID_ENTRIES).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        call(&self.kvm, KVM_GET_SUPPORTED_CPUID, cpuid.as_mut_fam_struct_ptr())?;
+        for leaf in cpuid.as_mut_slice() {
+            if leaf.function == PARAVIRTUAL_LEAF {
+                leaf.eax &= !PARAVIRTUAL_OFF;
+            }
+        }
+        Ok(self.cpuid.get_or_init(|| cpuid))
+    }
+
+    pub(crate) fn fd(&self) -> &File {
+        &self.kvm
+    }
 }
 
 impl Vm {
@@ -92,27 +135,51 @@ impl Vm {
     /// # Errors
     /// If the host refuses one of the calls.
     pub fn new(size: u64, order: Order) -> io::Result<Self> {
-        let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
-        let vm = new_fd(&kvm, KVM_CREATE_VM, 0)?;
+        Self::on(&Host::open()?, size, order)
+    }
+
+    /// The same by a `/dev/kvm` that is open.
+    ///
+    /// # Errors
+    /// If the host refuses one of the calls.
+    pub fn on(host: &Arc<Host>, size: u64, order: Order) -> io::Result<Self> {
+        let low = size.min(HOLE_START);
+        let mut ranges = vec![(0, low)];
+        if size > low {
+            ranges.push((RAM_ABOVE_HOLE, size - low));
+        }
+        Self::with_ranges(host, &ranges, None, order)
+    }
+
+    /// A VM whose memory is `ranges`, anonymous or one after the other from an image, copy-on-write.
+    pub(crate) fn with_ranges(
+        host: &Arc<Host>,
+        ranges: &[(u64, u64)],
+        image: Option<&File>,
+        order: Order,
+    ) -> io::Result<Self> {
+        let kvm = &host.kvm;
+        let vm = new_fd(kvm, KVM_CREATE_VM, 0)?;
         if order == Order::IrqchipFirst {
             create_irqchip(&vm)?;
         }
-        let low = size.min(HOLE_START);
-        let mut memory = vec![(0, map_memory(&vm, 0, 0, low)?)];
-        if size > low {
-            memory.push((RAM_ABOVE_HOLE, map_memory(&vm, 1, RAM_ABOVE_HOLE, size - low)?));
+        let mut memory = Vec::with_capacity(ranges.len());
+        let mut offset = 0;
+        for (slot, &(gpa, len)) in (0..).zip(ranges) {
+            memory.push((gpa, map_memory(&vm, slot, gpa, len, image.map(|image| (image, offset)))?));
+            offset += len;
         }
         if order == Order::MemoryFirst {
             create_irqchip(&vm)?;
         }
         let vcpu = new_fd(&vm, KVM_CREATE_VCPU, 0)?;
-        let len = number(&kvm, KVM_GET_VCPU_MMAP_SIZE, 0)?;
+        let len = number(kvm, KVM_GET_VCPU_MMAP_SIZE, 0)?;
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidData)?;
         if len < size_of::<kvm_run>() {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        let run = Mapping::new(len, libc::MAP_SHARED, vcpu.as_raw_fd())?;
-        Ok(Self { vcpu, run, vm, memory, kvm })
+        let run = Mapping::new(len, libc::MAP_SHARED, vcpu.as_raw_fd(), 0)?;
+        Ok(Self { vcpu, run, vm, memory, host: Arc::clone(host) })
     }
 
     /// Loads `image` and puts the processor at its entry as PVH asks for it: 32-bit, flat segments, paging off.
@@ -123,6 +190,19 @@ impl Vm {
         for (gpa, data) in image.segments() {
             self.write(gpa, data)?;
         }
+        self.enter_at(image.entry().ok_or(io::ErrorKind::InvalidData)?)
+    }
+
+    /// Puts `code` at `at` and the processor there, as [`boot`](Self::boot) does.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot).
+    pub fn boot_flat(&mut self, code: &[u8], at: u64) -> io::Result<()> {
+        self.write(at, code)?;
+        self.enter_at(at)
+    }
+
+    fn enter_at(&mut self, rip: u64) -> io::Result<()> {
         self.set_cpuid()?;
         let mut sregs = kvm_sregs::default();
         call(&self.vcpu, KVM_GET_SREGS, &raw mut sregs)?;
@@ -141,20 +221,14 @@ impl Vm {
         sregs.tr = kvm_segment { limit: 0x67, type_: 11, present: 1, ..Default::default() };
         sregs.cr0 = 0x11;
         call(&self.vcpu, KVM_SET_SREGS, &raw mut sregs)?;
-        let rip = image.entry().ok_or(io::ErrorKind::InvalidData)?;
         let mut regs = kvm_regs { rip, rflags: 2, ..Default::default() };
         call(&self.vcpu, KVM_SET_REGS, &raw mut regs)
     }
 
     fn set_cpuid(&self) -> io::Result<()> {
-        let mut cpuid = CpuId::new(KVM_MAX_CPUID_ENTRIES).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        call(&self.kvm, KVM_GET_SUPPORTED_CPUID, cpuid.as_mut_fam_struct_ptr())?;
-        for leaf in cpuid.as_mut_slice() {
-            if leaf.function == PARAVIRTUAL_LEAF {
-                leaf.eax &= !PARAVIRTUAL_OFF;
-            }
-        }
-        call(&self.vcpu, KVM_SET_CPUID2, cpuid.as_mut_fam_struct_ptr())
+        let cpuid = self.host.cpuid()?.as_fam_struct_ptr().cast_mut();
+        // The kernel only reads it.
+        call(&self.vcpu, KVM_SET_CPUID2, cpuid)
     }
 
     /// Writes `data` to guest memory. The guest must not run.
@@ -219,6 +293,76 @@ impl Vm {
     pub fn fd(&self) -> RawFd {
         self.vm.as_raw_fd()
     }
+
+    pub(crate) fn vcpu_fd(&self) -> RawFd {
+        self.vcpu.as_raw_fd()
+    }
+
+    pub(crate) fn host(&self) -> &Arc<Host> {
+        &self.host
+    }
+
+    /// Guest-physical address and length of its memory.
+    pub(crate) fn ranges(&self) -> Vec<(u64, u64)> {
+        self.memory.iter().map(|(gpa, mapping)| (*gpa, mapping.len as u64)).collect()
+    }
+
+    /// Where `immediate_exit` of the run page is, for other threads; for as long as the VM is there.
+    pub fn immediate_exit(&self) -> NonNull<AtomicU8> {
+        // SAFETY: the field is within the mapping, which is at least as large as a `kvm_run`.
+        let field = unsafe { &raw mut (*self.run.base.as_ptr().cast::<kvm_run>()).immediate_exit };
+        // SAFETY: the address of a field of a mapping is not null.
+        unsafe { NonNull::new_unchecked(field.cast()) }
+    }
+
+    /// Writes what is in the first `len` bytes of memory to `file`, which becomes an image of the whole.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write_image(&self, file: &File, len: usize) -> io::Result<()> {
+        const PAGE: usize = 4096;
+        file.set_len(self.memory.iter().map(|(_, mapping)| mapping.len as u64).sum())?;
+        let Some((_, first)) = self.memory.first() else { return Ok(()) };
+        // SAFETY: within the mapping, initialized by the kernel; the guest does not run while `self` is borrowed, as `run`
+        // takes it mutably.
+        let bytes = unsafe { std::slice::from_raw_parts(first.base.as_ptr(), first.len.min(len)) };
+        for (page, at) in bytes.chunks(PAGE).zip((0_u64..).step_by(PAGE)) {
+            if page.iter().any(|&byte| byte != 0) {
+                file.write_all_at(page, at)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finishes the instruction of the last exit, so that the state is whole.
+    pub(crate) fn complete(&mut self) -> io::Result<()> {
+        self.page().immediate_exit = 1;
+        // SAFETY: as in `run`.
+        let ran = unsafe { libc::ioctl(self.vcpu.as_raw_fd(), KVM_RUN, 0) };
+        let error = io::Error::last_os_error();
+        self.page().immediate_exit = 0;
+        match ran {
+            ..0 if error.raw_os_error() == Some(libc::EINTR) => Ok(()),
+            ..0 => Err(error),
+            _ => Err(io::Error::other("the guest ran")),
+        }
+    }
+
+    /// `KVM_RUN` once; `None` if a signal or `immediate_exit` ended it.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    pub fn run_once(&mut self) -> io::Result<Option<u32>> {
+        // SAFETY: as in `run`.
+        if unsafe { libc::ioctl(self.vcpu.as_raw_fd(), KVM_RUN, 0) } == 0 {
+            return Ok(Some(self.page().exit_reason));
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EINTR | libc::EAGAIN) => Ok(None),
+            _ => Err(error),
+        }
+    }
 }
 
 /// A call whose argument is the number `argument`; returns its result.
@@ -253,10 +397,22 @@ fn create_irqchip(vm: &OwnedFd) -> io::Result<()> {
     call(vm, KVM_CREATE_PIT2, &raw mut pit)
 }
 
-fn map_memory(vm: &OwnedFd, slot: u32, guest_phys_addr: u64, memory_size: u64) -> io::Result<Mapping> {
+fn map_memory(
+    vm: &OwnedFd,
+    slot: u32,
+    guest_phys_addr: u64,
+    memory_size: u64,
+    image: Option<(&File, u64)>,
+) -> io::Result<Mapping> {
     let len = usize::try_from(memory_size).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let mapping = Mapping::new(len, flags, -1)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    let mapping = match image {
+        Some((file, offset)) => {
+            let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+            Mapping::new(len, flags, file.as_raw_fd(), offset)?
+        }
+        None => Mapping::new(len, flags | libc::MAP_ANONYMOUS, -1, 0)?,
+    };
     let userspace_addr = mapping.base.as_ptr().addr() as u64;
     let mut region =
         kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr };

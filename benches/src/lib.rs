@@ -9,6 +9,7 @@ pub mod host;
 pub mod image;
 pub mod observe;
 pub mod rounds;
+pub mod saved;
 
 /// Benches give up with whatever error comes: it is printed, and the bench fails.
 pub type Fallible<T> = Result<T, Box<dyn std::error::Error>>;

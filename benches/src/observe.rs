@@ -112,14 +112,7 @@ pub struct Calls {
 
 /// Counts the system calls of `command` by strace; `None` if there is no strace.
 pub fn calls(command: &Command, log: &Path, first: char) -> Fallible<Option<Calls>> {
-    let mut strace = Command::new("strace");
-    strace.args(["-f", "-o"]).arg(log).arg(command.get_program()).args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => strace.env(name, value),
-            None => strace.env_remove(name),
-        };
-    }
+    let mut strace = under_strace(command, log);
     let mut child = match start(&mut strace) {
         Ok((child, mut out)) => {
             out.read_to_end(&mut Vec::new())?;
@@ -131,18 +124,89 @@ pub fn calls(command: &Command, log: &Path, first: char) -> Fallible<Option<Call
     Ok(Some(count(&std::fs::read_to_string(log)?, first)))
 }
 
+/// Starts `command` with its output in a pipe.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn spawn(command: &mut Command) -> Fallible<Child> {
+    let (mut child, out) = start(command)?;
+    child.stdout = Some(out);
+    Ok(child)
+}
+
+/// System calls of `command`, which runs itself to its end, between its marks: writes of `begin` and `end` to no descriptor. `None` if
+/// there is no strace, or no mark.
+///
+/// # Errors
+/// If the log cannot be read.
+pub fn marked_calls(command: &Command, log: &Path) -> Fallible<Option<usize>> {
+    let mut strace = under_strace(command, log);
+    let Ok((mut child, mut out)) = start(&mut strace) else { return Ok(None) };
+    out.read_to_end(&mut Vec::new())?;
+    child.wait()?;
+    let log = std::fs::read_to_string(log)?;
+    let mut calls = names(&log).skip_while(|(_, call)| !call.starts_with("write(-1, \"begin\"")).skip(1);
+    let mut count = 0;
+    Ok(calls
+        .any(|(_, call)| {
+            count += 1;
+            call.starts_with("write(-1, \"end\"")
+        })
+        .then(|| count - 1))
+}
+
+/// System calls of `command` until its first output; it is killed then. `None` if there is no strace.
+///
+/// # Errors
+/// If the log cannot be read.
+pub fn calls_until_output(command: &Command, log: &Path) -> Fallible<Option<usize>> {
+    let mut strace = under_strace(command, log);
+    let Ok((mut child, mut out)) = start(&mut strace) else { return Ok(None) };
+    let got = out.read_exact(&mut [0]);
+    // The program ends when nobody reads what it writes; else strace ends it.
+    drop(out);
+    let limit = Instant::now() + Duration::from_millis(500);
+    while child.try_wait()?.is_none() && Instant::now() < limit {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let id = i32::try_from(child.id())?;
+    // SAFETY: integers only; the child is not waited for yet, so the number is its.
+    unsafe { libc::kill(id, libc::SIGTERM) };
+    child.wait()?;
+    got?;
+    let log = std::fs::read_to_string(log)?;
+    Ok(names(&log).position(|(_, call)| call.starts_with("write(1, ")).map(|at| at + 1))
+}
+
+fn under_strace(command: &Command, log: &Path) -> Command {
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-o"]).arg(log).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => strace.env(name, value),
+            None => strace.env_remove(name),
+        };
+    }
+    strace
+}
+
+/// The calls of a log, each with its name.
+fn names(log: &str) -> impl Iterator<Item = (&str, &str)> {
+    log.lines().filter_map(|line| {
+        let call = line.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ');
+        let (name, _) = call.split_once('(')?;
+        let is_name = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+        is_name.then_some((name, call))
+    })
+}
+
 /// Reads strace's log: `pid name(arguments) = result`; a call that another thread's interrupts is `<unfinished ...>` and
 /// later `<... name resumed>`, which does not count again.
 fn count(log: &str, first: char) -> Calls {
     let written = format!("write(1, \"{first}\"");
     let (mut total, mut to_first_byte) = (0, None);
     let mut by_name: Vec<(String, usize)> = Vec::new();
-    for line in log.lines() {
-        let call = line.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ');
-        let Some((name, _)) = call.split_once('(') else { continue };
-        if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
-            continue;
-        }
+    for (name, call) in names(log) {
         total += 1;
         if to_first_byte.is_some() {
             continue;

@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use freestone_bus::{Irq, IrqChip, IrqTarget, MsiSource};
 use freestone_hypervisor::{Error, Result};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Cap, VmFd};
+use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::{call, io_error};
 use crate::msi::{KvmMsi, KvmMsiSource};
+use crate::system::Kvm;
 
 /// Pins of KVM's I/O APIC.
 pub(crate) const PINS: u32 = 24;
@@ -20,6 +21,7 @@ pub(crate) const PINS: u32 = 24;
 /// It holds the VM's descriptor, not the VM: nothing here touches guest memory.
 pub(crate) struct KvmIrqChip {
     vm: Arc<VmFd>,
+    kvm: Kvm,
     lines: Arc<Lines>,
     /// Whether there is a timer (PIT) with it.
     pub(crate) pit: bool,
@@ -47,7 +49,7 @@ impl Lines {
 
 impl KvmIrqChip {
     /// Creates the controllers, and the timer (PIT) where the host has one.
-    pub(crate) fn create(vm: &Arc<VmFd>) -> Result<Self> {
+    pub(crate) fn create(vm: &Arc<VmFd>, kvm: &Kvm) -> Result<Self> {
         vm.create_irq_chip().map_err(|error| match error.errno() {
             libc::EEXIST => Error::InUse { what: "interrupt controller number", value: 0 },
             libc::EINVAL => Error::Unsupported(
@@ -55,12 +57,12 @@ impl KvmIrqChip {
             ),
             _ => Error::Call { op: "KVM_CREATE_IRQCHIP", source: io_error(error) },
         })?;
-        let pit = vm.check_extension(Cap::Pit2);
+        let pit = kvm.has_pit();
         if pit {
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             vm.create_pit2(config).map_err(call("KVM_CREATE_PIT2"))?;
         }
-        Ok(Self { vm: vm.clone(), lines: Arc::default(), pit, msi: OnceLock::new() })
+        Ok(Self { vm: vm.clone(), kvm: kvm.clone(), lines: Arc::default(), pit, msi: OnceLock::new() })
     }
 }
 
@@ -87,7 +89,7 @@ impl IrqChip for KvmIrqChip {
     }
 
     fn msi(&self) -> Option<Arc<dyn MsiSource>> {
-        let msi = self.msi.get_or_init(|| KvmMsi::new(&self.vm)).clone()?;
+        let msi = self.msi.get_or_init(|| KvmMsi::new(&self.vm, self.kvm.irq_routes())).clone()?;
         Some(Arc::new(KvmMsiSource(msi)))
     }
 }

@@ -13,7 +13,7 @@ use kvm_bindings::{
     KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_IRQ_ROUTES, KvmIrqRouting, kvm_irq_routing_entry,
     kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
-use kvm_ioctls::{Cap, VmFd};
+use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::io_error;
@@ -70,9 +70,9 @@ impl Routes {
 }
 
 impl KvmMsi {
-    /// `None` if this KVM has no routes.
-    pub(crate) fn new(vm: &Arc<VmFd>) -> Option<Arc<Self>> {
-        let limit = usize::try_from(vm.check_extension_int(Cap::IrqRouting)).ok()?.min(KVM_MAX_IRQ_ROUTES);
+    /// `None` if this KVM has no routes: `limit`, the entries of its table, is 0.
+    pub(crate) fn new(vm: &Arc<VmFd>, limit: usize) -> Option<Arc<Self>> {
+        let limit = limit.min(KVM_MAX_IRQ_ROUTES);
         (limit > 0).then(|| Arc::new(Self { vm: vm.clone(), limit, routes: Mutex::default() }))
     }
 
@@ -269,7 +269,7 @@ mod tests {
         }
         // Without an interrupt controller KVM refuses every table and every irqfd.
         let vm = Arc::new(kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap());
-        let msi = KvmMsi::new(&vm).unwrap();
+        let msi = KvmMsi::new(&vm, 4096).unwrap();
         let source = KvmMsiSource(Arc::clone(&msi));
         let [route, other] = [source.route().unwrap(), source.route().unwrap()];
         route.irq().trigger().unwrap();

@@ -12,6 +12,7 @@ use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_TSC_CONTROL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
     KVM_MAX_CPUID_ENTRIES, KVMIO,
 };
+use kvm_ioctls::Cap;
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl_expr};
 
 use crate::error::{call, create_vm_failed, open_failed};
@@ -44,6 +45,9 @@ struct Inner {
     cpuid: OnceLock<Vec<CpuidLeaf>>,
     tsc_khz: OnceLock<Option<u32>>,
     msrs: OnceLock<Arc<[u32]>>,
+    max_vcpus: OnceLock<u32>,
+    pit: OnceLock<bool>,
+    irq_routes: OnceLock<usize>,
 }
 
 impl Kvm {
@@ -75,6 +79,9 @@ impl Kvm {
             cpuid: OnceLock::new(),
             tsc_khz: OnceLock::new(),
             msrs: OnceLock::new(),
+            max_vcpus: OnceLock::new(),
+            pit: OnceLock::new(),
+            irq_routes: OnceLock::new(),
         })))
     }
 }
@@ -97,6 +104,17 @@ impl Kvm {
             let khz = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_TSC_KHZ) };
             u32::try_from(khz).ok().filter(|&khz| khz > 0)
         })
+    }
+
+    /// Whether VMs have a timer (PIT).
+    pub(crate) fn has_pit(&self) -> bool {
+        *self.0.pit.get_or_init(|| self.0.fd.check_extension(Cap::Pit2))
+    }
+
+    /// Entries that a VM's table of interrupts takes; 0 if it has none.
+    pub(crate) fn irq_routes(&self) -> usize {
+        let ask = || usize::try_from(self.0.fd.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
+        *self.0.irq_routes.get_or_init(ask)
     }
 
     /// What KVM says of the capability `KVM_CAP_...` with this number (`KVM_CHECK_EXTENSION`): 0 if it does not have it.
@@ -146,7 +164,7 @@ impl Hypervisor for Kvm {
     }
 
     fn max_vcpus(&self) -> u32 {
-        u32::try_from(self.0.fd.get_max_vcpus()).unwrap_or(u32::MAX)
+        *self.0.max_vcpus.get_or_init(|| u32::try_from(self.0.fd.get_max_vcpus()).unwrap_or(u32::MAX))
     }
 
     fn supported_cpuid(&self) -> Result<Vec<CpuidLeaf>> {

@@ -89,7 +89,7 @@ impl Vm for KvmVm {
         let mut chip = self.0.irq_chip.lock().unwrap_or_else(PoisonError::into_inner);
         let chip = match &*chip {
             Some(chip) => chip.clone(),
-            None => chip.insert(Arc::new(KvmIrqChip::create(&self.0.fd)?)).clone(),
+            None => chip.insert(Arc::new(KvmIrqChip::create(&self.0.fd, &self.0.kvm)?)).clone(),
         };
         Ok(Some(chip))
     }
