@@ -36,6 +36,20 @@ impl Inbox {
         // Whoever left a command here wakes the loop, which takes all that it finds.
         if first { self.wake.write(1) } else { Ok(()) }
     }
+
+    /// Takes work off the loop. If the loop has not heard of it yet, it never will: work that is stopped and started again faster
+    /// than the loop looks here must not pile up, or the loop would be busy with what is gone and never come to what is there.
+    fn remove(&self, id: u64) -> io::Result<()> {
+        let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        let unheard = commands.iter().position(|command| matches!(command, Command::Add(other, ..) if *other == id));
+        let unheard = unheard.map(|index| commands.remove(index));
+        drop(commands);
+        // With the lock released: the work may be dropped here, which may end other work.
+        match unheard {
+            Some(_) => Ok(()),
+            None => self.post(Command::Remove(id)),
+        }
+    }
 }
 
 /// Work that returned [`Turn::More`], waiting for another turn; each piece once, however often it was woken meanwhile.
@@ -207,7 +221,7 @@ impl Spawn for LoopHandle {
         self.inbox.post(Command::Add(id, work, sources))?;
         let inbox = Arc::clone(&self.inbox);
         Ok(Registration::new(move || {
-            if let Err(error) = inbox.post(Command::Remove(id)) {
+            if let Err(error) = inbox.remove(id) {
                 tracing::warn!(%error, "cannot wake the event loop");
             }
         }))
@@ -365,6 +379,22 @@ mod tests {
         kick.write(1).unwrap();
         event_loop.run_once(1000).unwrap();
         assert_eq!(turns.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn work_that_comes_and_goes_before_the_loop_looks_leaves_nothing_behind() {
+        let mut event_loop = EventLoop::new().unwrap();
+        let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let (work, turns) = counter(&kick, 0);
+        let mut task = spawn(&event_loop.handle(), work).unwrap();
+        event_loop.run_once(0).unwrap();
+        for _ in 0..100 {
+            task = spawn(&event_loop.handle(), task.stop().unwrap()).unwrap();
+        }
+        let waiting = event_loop.inbox.commands.lock().unwrap().len();
+        assert_eq!(waiting, 2, "the first goes and the last comes");
+        event_loop.run_once(0).unwrap();
+        assert_eq!((turns.load(Ordering::Relaxed), event_loop.ids.len()), (2, 1));
     }
 
     #[test]

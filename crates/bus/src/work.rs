@@ -6,7 +6,8 @@
 use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Whether a step left something undone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,11 +93,30 @@ impl fmt::Debug for Registration {
     }
 }
 
-struct Slot<W>(Mutex<Option<W>>);
+struct Slot<W> {
+    work: Mutex<Option<W>>,
+    /// Somebody waits to take the work away. Its driver begins no other step: it would take the lock again before whoever waits for
+    /// it has woken up, as often as the work has more to do.
+    ends: AtomicBool,
+}
+
+impl<W> Slot<W> {
+    fn lock(&self) -> MutexGuard<'_, Option<W>> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> Option<W> {
+        self.ends.store(true, Ordering::Relaxed);
+        self.lock().take()
+    }
+}
 
 impl<W: Work> Pollable for Slot<W> {
     fn poll(&self) -> Turn {
-        match self.0.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        if self.ends.load(Ordering::Relaxed) {
+            return Turn::Gone;
+        }
+        match self.lock().as_mut() {
             None => Turn::Gone,
             Some(work) => match work.process() {
                 Progress::Idle => Turn::Idle,
@@ -119,18 +139,18 @@ impl<W> Task<W> {
     ///
     /// Returns `None` only if the work was taken already, which its owner cannot do twice.
     pub fn stop(self) -> Option<W> {
-        self.slot.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.slot.take()
     }
 
     /// Looks at the work between two steps.
     pub fn with<R>(&self, f: impl FnOnce(&mut W) -> R) -> Option<R> {
-        self.slot.0.lock().unwrap_or_else(PoisonError::into_inner).as_mut().map(f)
+        self.slot.lock().as_mut().map(f)
     }
 }
 
 impl<W> Drop for Task<W> {
     fn drop(&mut self) {
-        drop(self.slot.0.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(self.slot.take());
     }
 }
 
@@ -146,7 +166,7 @@ impl<W> fmt::Debug for Task<W> {
 /// As [`Spawn::register`]; the work is then dropped.
 pub fn spawn<W: Work + 'static>(spawner: &dyn Spawn, work: W) -> io::Result<Task<W>> {
     let sources = work.sources();
-    let slot = Arc::new(Slot(Mutex::new(Some(work))));
+    let slot = Arc::new(Slot { work: Mutex::new(Some(work)), ends: AtomicBool::new(false) });
     let registration = spawner.register(Arc::clone(&slot) as Arc<dyn Pollable>, sources)?;
     Ok(Task { slot, _registration: registration })
 }
@@ -195,7 +215,7 @@ impl ManualSpawner {
         self.len() == 0
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(u64, Arc<dyn Pollable>)>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<(u64, Arc<dyn Pollable>)>> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use common::Machine;
 use common::hand::{Asked, HandImage};
-use freestone_bus::{EventLoop, IoDevice, ManualSpawner};
+use freestone_bus::{EventLoop, IoDevice, LoopHandle, ManualSpawner};
 use freestone_memory::{Bytes, GuestAddress};
 use freestone_virtio::blk::{BlockConfig, CacheMode, feature};
 use freestone_virtio::mmio::reg;
@@ -38,6 +38,16 @@ fn started(image: &Arc<HandImage>, config: BlockConfig) -> Machine {
     let mut machine = Machine::new(Block::new(image.clone(), config));
     machine.start(u64::MAX);
     machine
+}
+
+/// Tells the other threads of a test to end, also when the test fails: a scope waits for them.
+struct Stop<'a>(&'a AtomicBool, LoopHandle);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+        self.1.wake().unwrap();
+    }
 }
 
 /// Where request `n` has its header; 16 bytes later its status, and its data elsewhere.
@@ -458,15 +468,23 @@ fn nothing_is_lost_when_completions_and_pauses_come_from_other_threads() {
                 }
             }
         });
+        let _stop = Stop(&stop, handle);
         offer_all(&mut machine, 0..20, IN);
+        machine.kick();
         let mut answered = 0;
         while answered < 2000 {
-            machine.kick();
-            for (head, len) in machine.ring.used() {
+            let used = machine.ring.used();
+            if used.is_empty() {
+                thread::yield_now();
+                continue;
+            }
+            for (head, len) in used {
                 assert_eq!(len, 513);
                 answered += 1;
                 machine.ring.offer(u16::try_from(head).unwrap());
             }
+            // One kick is enough, also while the device is about to pause.
+            machine.kick();
             if answered % 7 == 0 {
                 machine.registers.pause();
                 machine.registers.resume().unwrap();
@@ -474,8 +492,6 @@ fn nothing_is_lost_when_completions_and_pauses_come_from_other_threads() {
         }
         machine.registers.pause();
         assert_eq!(machine.ring.used().len(), image.done().len() - answered);
-        stop.store(true, Ordering::SeqCst);
-        handle.wake().unwrap();
     });
 }
 

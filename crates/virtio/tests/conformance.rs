@@ -30,14 +30,6 @@ macro_rules! conformance {
             pci: || crate::plug(crate::Transport::Pci, $make),
         );
     };
-    ($name:ident, $make:expr, not_saved) => {
-        freestone_testkit::virtio_conformance!(
-            $name,
-            mmio: || crate::plug(crate::Transport::Mmio, $make),
-            pci: || crate::plug(crate::Transport::Pci, $make),
-            not_saved,
-        );
-    };
 }
 
 #[cfg(feature = "blk")]
@@ -280,7 +272,7 @@ mod vsock {
         Vsock::new(host, VsockConfig::new(3)).unwrap()
     }
 
-    conformance!(unix, crate::vsock::vsock(), not_saved);
+    conformance!(unix, crate::vsock::vsock());
 }
 
 #[cfg(feature = "pmem")]
@@ -295,8 +287,8 @@ mod pmem {
         Pmem::open(file.path(), PmemConfig::new().reserve(false).read_only(read_only)).unwrap()
     }
 
-    conformance!(plain, crate::pmem::pmem(false), not_saved);
-    conformance!(read_only, crate::pmem::pmem(true), not_saved);
+    conformance!(plain, crate::pmem::pmem(false));
+    conformance!(read_only, crate::pmem::pmem(true));
 }
 
 #[cfg(feature = "mem")]
@@ -313,8 +305,8 @@ mod mem {
         Mem::new(&MemConfig::new(256 << 20)).unwrap()
     }
 
-    conformance!(plain, crate::mem::mem(), not_saved);
-    conformance!(small_queue, crate::mem::small_queue(), not_saved);
+    conformance!(plain, crate::mem::mem());
+    conformance!(small_queue, crate::mem::small_queue());
 }
 
 #[cfg(feature = "net")]
@@ -416,14 +408,13 @@ mod net {
         net(config().rx_limiter(limiter).tx_limiter(limiter))
     }
 
-    conformance!(without_offloads, crate::net::plain(), not_saved);
-    conformance!(offloads, crate::net::net(crate::net::config()), not_saved);
-    conformance!(three_pairs, crate::net::net(crate::net::config().pairs(3)), not_saved);
-    conformance!(small_queues, crate::net::net(crate::net::config().queue_size(4)), not_saved);
+    conformance!(without_offloads, crate::net::plain());
+    conformance!(offloads, crate::net::net(crate::net::config()));
+    conformance!(three_pairs, crate::net::net(crate::net::config().pairs(3)));
+    conformance!(small_queues, crate::net::net(crate::net::config().queue_size(4)));
     conformance!(
         polling,
-        crate::net::net(crate::net::config().poll(std::time::Duration::from_micros(10))),
-        not_saved
+        crate::net::net(crate::net::config().poll(std::time::Duration::from_micros(10)))
     );
-    conformance!(limited, crate::net::limited(), not_saved);
+    conformance!(limited, crate::net::limited());
 }

@@ -98,13 +98,13 @@ impl<T: DriverTransport> Bench<T> {
 
     /// Ends the device, and makes a new one in another machine with the same memory. The driver does not notice.
     fn replace(&mut self, make: Make<'_>) -> Result<()> {
-        let mut wiring = TestWiring::new(self.memory());
-        T::prepare(&mut wiring)?;
-        // What the device has put into memory goes with it.
+        // All of the former machine goes first, and with it what the device has put into memory.
+        self.driver.let_go();
         self.device = Box::new(Nothing);
-        self.device = make().plug(&mut wiring).map_err(Error::Plug)?;
-        self.driver = self.driver.follow(&wiring)?;
-        self.wiring = wiring;
+        self.wiring = TestWiring::new(self.memory());
+        T::prepare(&mut self.wiring)?;
+        self.device = make().plug(&mut self.wiring).map_err(Error::Plug)?;
+        self.driver = self.driver.follow(&self.wiring)?;
         Ok(())
     }
 }

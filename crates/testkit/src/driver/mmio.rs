@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use freestone_bus::IoDevice;
+use freestone_bus::{Access, AccessError, IoDevice};
 
 use super::transport::halves;
 use super::{DriverTransport, QueuePart, Registers, VirtioDriver};
@@ -95,6 +95,19 @@ impl VirtioDriver<MmioRegisters> {
     }
 }
 
+/// Stands for a device that was let go: its addresses answer no more.
+struct Gone;
+
+impl IoDevice for Gone {
+    fn read(&self, _offset: u64, _data: &mut [u8]) -> Access {
+        Err(AccessError::NoRegister)
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) -> Access {
+        Err(AccessError::NoRegister)
+    }
+}
+
 impl MmioRegisters {
     fn read(&self, offset: u64) -> Result<u32> {
         let mut data = [0xff; 4];
@@ -118,6 +131,10 @@ impl DriverTransport for MmioRegisters {
         let device = wiring.mmio_device(0);
         let missing = || Error::protocol("registers", "4.2.2", "no MMIO range was claimed");
         Ok(Self { device: device.ok_or_else(missing)? })
+    }
+
+    fn let_go(&mut self) {
+        self.device = Arc::new(Gone);
     }
 
     fn follow(&self, wiring: &TestWiring) -> Result<Self> {

@@ -33,6 +33,10 @@ pub trait DriverTransport: fmt::Debug + Sized {
     /// [`Error::Protocol`] if there is none, or it is not as the specification says.
     fn find(wiring: &TestWiring) -> Result<Self>;
 
+    /// Lets go of the device, which is about to end: it must not live on only because its driver knows it. Before the next access
+    /// there is a [`follow`](Self::follow).
+    fn let_go(&mut self) {}
+
     /// The same registers in front of a device that took this one's place in another machine. Nothing is written.
     ///
     /// # Errors
@@ -171,6 +175,11 @@ impl<T: DriverTransport> VirtioDriver<T> {
     /// As [`DriverTransport::follow`].
     pub fn follow(&self, wiring: &TestWiring) -> Result<Self> {
         Ok(Self { transport: self.transport.follow(wiring)?, negotiated: self.negotiated })
+    }
+
+    /// As [`DriverTransport::let_go`].
+    pub fn let_go(&mut self) {
+        self.transport.let_go();
     }
 
     /// The transport, for what this driver does not do.

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 
 use freestone_block::{Engine, Image, IoQueue, Limits, Op, Submitted, SyncQueue};
 use freestone_bus::{EFD_NONBLOCK, EventFd};
@@ -41,7 +41,8 @@ struct State {
     /// What reached the data, in order.
     done: Vec<Asked>,
     commits: usize,
-    events: Vec<Arc<EventFd>>,
+    /// Of the queues, which may be gone.
+    events: Vec<Weak<EventFd>>,
 }
 
 #[derive(Debug)]
@@ -150,7 +151,9 @@ impl State {
             None => self.run(asked, Some(&view)),
         };
         self.completed.push((queue, tag, result));
-        self.events[queue].write(1).unwrap();
+        if let Some(event) = self.events[queue].upgrade() {
+            event.write(1).unwrap();
+        }
     }
 
     fn run(&mut self, asked: Asked, view: Option<&MemoryView>) -> io::Result<()> {
@@ -234,7 +237,7 @@ impl Image for HandImage {
         }
         let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let mut state = self.state.lock().unwrap();
-        state.events.push(event.clone());
+        state.events.push(Arc::downgrade(&event));
         let index = state.events.len() - 1;
         drop(state);
         Ok(Box::new(HandQueue { image: self, index, event }))

@@ -15,6 +15,6 @@ mod conformance {
     use super::pmem::plug as pmem;
 
     freestone_testkit::virtio_mmio_conformance!(balloon_device, super::balloon);
-    freestone_testkit::virtio_mmio_conformance!(mem_device, super::mem, not_saved);
-    freestone_testkit::virtio_mmio_conformance!(pmem_device, super::pmem, not_saved);
+    freestone_testkit::virtio_mmio_conformance!(mem_device, super::mem);
+    freestone_testkit::virtio_mmio_conformance!(pmem_device, super::pmem);
 }

@@ -29,7 +29,7 @@ fn any_vsock() -> Box<dyn Plug> {
     Box::new(VirtioMmioPlug::new(Vsock::new(host, VsockConfig::new(CID)).unwrap(), "vsock0"))
 }
 
-freestone_testkit::virtio_mmio_conformance!(conformance, super::any_vsock, not_saved);
+freestone_testkit::virtio_mmio_conformance!(conformance, super::any_vsock);
 
 #[test]
 fn the_configuration_space_holds_the_cid() {
