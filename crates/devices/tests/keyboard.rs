@@ -108,9 +108,9 @@ fn a_keyboard_that_is_off_takes_no_keys_and_one_that_is_held_sends_them_later() 
     assert_eq!(machine.keyboard(0xf5), [0xfa]);
     machine.keys.ctrl_alt_del().unwrap_err();
     assert_eq!(machine.keyboard(0xf4), [0xfa]);
-    assert_eq!(machine.command(0xad), []);
+    assert!(machine.command(0xad).is_empty());
     machine.keys.ctrl_alt_del().unwrap();
-    assert_eq!(machine.read(), []);
+    assert!(machine.read().is_empty());
     assert_eq!(machine.command(0xae), CODES);
 }
 
@@ -139,7 +139,7 @@ fn the_controller_answers_a_driver_that_looks_for_devices() {
     assert_eq!(machine.keyboard(0x00), [0xfa]);
     assert_eq!(machine.keyboard(0xff), [0xfa, 0xaa]);
     assert_eq!(machine.keyboard(0x00), [0xfe], "not a command");
-    assert_eq!(machine.with_data(0xd4, 0xff), [], "nobody is there");
+    assert!(machine.with_data(0xd4, 0xff).is_empty(), "nobody is there");
 }
 
 #[test]
