@@ -177,10 +177,9 @@ fn check(dir: &Path, restores: usize) {
         let whole = told.rsplit_once('\n').map_or("", |(whole, _)| whole);
         checker.text(whole).unwrap_or_else(|error| panic!("{error}\n{told}"));
         let Some(last) = checker.last() else { continue };
-        if last.number("resets") < Some(restores as u64) {
+        if last.number("resets") < Some(restores as u64) || checker.lines() <= 3 {
             continue;
         }
-        assert!(checker.lines() > 3, "{told}");
         let disk = fs::read(dir.join("disk.raw")).unwrap();
         life::check_disk(&disk, life::MAX_SECTORS, last.round).unwrap();
         return;
