@@ -79,10 +79,11 @@ impl Control {
     }
 
     /// Runs `f` with the state of the vCPU, on the thread that drives it, and waits for the answer. The vCPU must be paused, and
-    /// driven by [`RunLoop::run`]: who drives it by [`RunLoop::step`] has [`RunLoop::vcpu_mut`].
+    /// driven by [`RunLoop::run`]: who drives it by [`RunLoop::step`] has [`RunLoop::vcpu_mut`]. A vCPU that was paused before its thread
+    /// came to run is waited for, at most [`ACK_TIMEOUT`].
     ///
     /// # Errors
-    /// [`Error::NotPaused`] if it is not, or is let go meanwhile.
+    /// [`Error::NotPaused`] if it is not, or is let go meanwhile; [`Error::Timeout`] if nobody drives it.
     pub fn call<R, F>(&self, f: F) -> Result<R>
     where
         R: Send + 'static,
@@ -92,6 +93,14 @@ impl Control {
         let (answer, answered) = mpsc::sync_channel(1);
         {
             let mut inner = self.lock();
+            let deadline = Instant::now() + ACK_TIMEOUT;
+            while inner.state == State::Idle && self.request.load(Ordering::Relaxed) == PAUSE {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(Error::Timeout { index: self.index, what: "pause", waited: ACK_TIMEOUT });
+                }
+                inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
             if inner.state != State::Paused {
                 return Err(refused());
             }

@@ -242,3 +242,28 @@ fn a_loop_that_nobody_observes_is_no_larger_for_it() {
     assert_eq!(size_of::<NoObserver>(), 0);
     assert!(size_of::<RunLoop<RepeatVcpu, NoObserver>>() < size_of::<RunLoop<RepeatVcpu, ExitStats>>());
 }
+
+#[test]
+fn a_vcpu_that_is_paused_before_its_thread_runs_answers_when_it_does() {
+    let (mut run_loop, _) = scripted(Script::new().out8(1, 1));
+    let control = run_loop.control();
+    control.pause().unwrap();
+    assert_eq!(control.state(), State::Idle);
+    let (asked, is_asked) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        is_asked.recv().unwrap();
+        // The caller waits by now, or comes when this one is there: both are right.
+        std::thread::sleep(Duration::from_millis(10));
+        run_loop.run().unwrap()
+    });
+    asked.send(()).unwrap();
+    assert!(control.call(|vcpu| vcpu.save().is_ok()).unwrap());
+    control.stop().unwrap();
+    assert_eq!(thread.join().unwrap(), Outcome::Stopped);
+}
+
+#[test]
+fn a_vcpu_that_is_not_paused_is_not_asked() {
+    let (run_loop, _) = scripted(Script::new());
+    assert!(matches!(run_loop.control().call(|_| ()), Err(Error::NotPaused { index: 0 })));
+}

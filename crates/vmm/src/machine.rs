@@ -309,6 +309,11 @@ impl<H: Hypervisor> Machine<H> {
         }
     }
 
+    /// Whether the guest has ended, or somebody has stopped the machine, which is still to be [stopped](Self::stop).
+    pub fn has_ended(&self) -> bool {
+        self.shared.ended()
+    }
+
     /// The clock of a restored machine that did not go on yet.
     pub(crate) fn clock(&self) -> Option<ClockState> {
         self.clock.map(|(clock, _)| clock)

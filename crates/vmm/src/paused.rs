@@ -22,8 +22,12 @@ impl<'m, H: Hypervisor> Paused<'m, H> {
     /// machine can go on afterwards. Memory is to be saved before it does.
     ///
     /// # Errors
-    /// [`Error::NotSaved`] if the hypervisor cannot, [`Error::Device`] if a device cannot, or as the hypervisor fails.
+    /// [`Error::State`] if the guest has ended, [`Error::NotSaved`] if the hypervisor cannot, [`Error::Device`] if a device cannot, or as the hypervisor fails.
     pub fn save(&mut self) -> Result<State> {
+        if self.0.has_ended() {
+            // Restored, it would be one that goes on.
+            return Err(Error::State { doing: "save", state: "at its guest's end" });
+        }
         let clock = self.0.clock();
         let machine = &mut *self.0;
         let mut state = State::new();

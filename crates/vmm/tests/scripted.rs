@@ -8,7 +8,7 @@ use freestone_vmm::devices::{PowerPlug, PvPanicPlug, RESET_PORT, RESET_VALUE, S5
 use freestone_vmm::hypervisor::SystemEvent;
 use freestone_vmm::loader::FlatMode;
 use freestone_vmm::memory::GuestMem;
-use freestone_vmm::{Error, ExitReason, Machine, MachineBuilder, Payload, State};
+use freestone_vmm::{Attention, Error, ExitReason, Machine, MachineBuilder, Payload, State};
 
 /// `SLP_EN` of SLEEP_CONTROL_REG (ACPI 6.5, section 4.8.3.7).
 const SLP_EN: u8 = 1 << 5;
@@ -175,4 +175,19 @@ fn exits_are_counted_only_when_asked_for() {
 
 fn builder_without_chip(hypervisor: &ScriptedHypervisor) -> MachineBuilder<'_, ScriptedHypervisor> {
     MachineBuilder::new(hypervisor).memory(GuestMem::anonymous(1 << 20).unwrap()).payload(payload())
+}
+
+#[test]
+fn a_machine_whose_guest_has_ended_is_not_saved() {
+    let script = Script::new().out8(SLEEP_CONTROL_PORT, S5_TYPE << 2 | SLP_EN).op(Op::WaitKick);
+    let hypervisor = ScriptedHypervisor::new(script);
+    let mut machine = builder(&hypervisor).build().unwrap();
+    machine.start().unwrap();
+    while !machine.has_ended() {
+        std::thread::yield_now();
+    }
+    machine.pause().unwrap();
+    let error = machine.paused().unwrap().save().unwrap_err();
+    assert_eq!(error.to_string(), "cannot save a machine that is at its guest's end");
+    assert!(matches!(machine.attend().unwrap(), Attention::Ended(ExitReason::PowerOff)));
 }

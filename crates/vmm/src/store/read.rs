@@ -47,12 +47,7 @@ impl Stored {
         let layout = section.layout()?;
         machine.check_layout(&layout)?;
         let extents = section.extents(&layout)?;
-        let path = paths.memory_of(&section)?;
-        let memory =
-            Arc::new(image::open(&path).map_err(|source| Error::File { path: path.clone(), source })?);
-        if paths.memory().is_none() {
-            refuse_link(&path, &memory)?;
-        }
+        let (path, memory) = open_memory(paths, &section, &layout)?;
         let stored = Self { sections, section, layout, extents, machine, memory, path };
         stored.check_memory()?;
         Ok(stored)
@@ -162,6 +157,31 @@ impl Stored {
     pub fn fill<H: Hypervisor>(&self, machine: &Machine<H>) -> Result<()> {
         fill(&self.memory, &self.layout, &self.machine, machine.memory())
     }
+}
+
+/// Opens the memory of a snapshot: that which is kept beside, if a crash has left another at its name.
+fn open_memory(
+    paths: &StorePaths,
+    section: &MemorySection,
+    layout: &ImageLayout,
+) -> Result<(PathBuf, Arc<File>)> {
+    let path = paths.memory_of(section)?;
+    let opened = image::open(&path);
+    let belongs = |file: &File| {
+        is_sealed(file) || matches!(Id::of_memory(file, layout.size()), Ok(Some(id)) if id == section.id)
+    };
+    if !opened.as_ref().is_ok_and(belongs)
+        && let Some(former) = paths.former()
+        && let Ok(file) = image::open(&former)
+        && belongs(&file)
+    {
+        return Ok((former, Arc::new(file)));
+    }
+    let memory = opened.map_err(|source| Error::File { path: path.clone(), source })?;
+    if paths.memory().is_none() {
+        refuse_link(&path, &memory)?;
+    }
+    Ok((path, Arc::new(memory)))
 }
 
 /// A snapshot names a file of its own folder: not a link, which could lead out of it.

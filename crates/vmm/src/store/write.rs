@@ -38,8 +38,9 @@ pub struct StorePaths {
 }
 
 impl StorePaths {
-    /// Two files, both named. When both are written anew over an older snapshot and the host crashes between the one
-    /// and the other, they no longer fit, which a restore notices; [`in_folder`](Self::in_folder) has no such moment.
+    /// Two files, both named. While both are written anew over an older snapshot, its memory is kept beside as `MEMORY.former`, which a
+    /// restore takes if a crash came between the one and the other, and which the next snapshot removes. On file systems without hard
+    /// links there is such a moment, which a restore notices; [`in_folder`](Self::in_folder) never has one.
     pub fn files(state: impl Into<PathBuf>, memory: impl Into<PathBuf>) -> Self {
         Self { state: state.into(), memory: Some(memory.into()) }
     }
@@ -72,6 +73,13 @@ impl StorePaths {
                 reason: format!("it does not name its memory file ({name:?}): say which it is"),
             }),
         }
+    }
+
+    /// Where the memory of the snapshot that is in place is kept while it is replaced by another of the same name.
+    pub(super) fn former(&self) -> Option<PathBuf> {
+        let mut name = self.memory.clone()?.into_os_string();
+        name.push(".former");
+        Some(name.into())
     }
 
     /// Where the memory of a snapshot that is written goes; `section` is told if it is to say so.
@@ -257,12 +265,12 @@ fn refuse_over(paths: &StorePaths, base: Id) -> Result<()> {
     if present(paths.state()).is_some_and(|section| section.id == base) {
         return Err(Error::Stored { path: paths.state().to_owned(), reason: reason() });
     }
-    let Some(path) = paths.memory() else { return Ok(()) };
-    let id = image::open(path).ok().and_then(|file| {
-        let len = file.metadata().ok()?.len().checked_sub(TRAILER as u64)?;
-        Id::of_memory(&file, len).ok()?
-    });
-    if id == Some(base) { Err(Error::Stored { path: path.to_owned(), reason: reason() }) } else { Ok(()) }
+    match paths.memory() {
+        Some(path) if id_of(path) == Some(base) => {
+            Err(Error::Stored { path: path.to_owned(), reason: reason() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What the snapshot says of its memory whose state file this is, if it can be read.
@@ -279,10 +287,31 @@ pub(super) fn place(paths: &StorePaths, state: &State, header: &Header, memory: 
     }
     let mut stored = SnapshotFile::create(paths.state(), header)?;
     state.write_to(stored.writer())?;
+    keep_former(paths);
     let placed = memory.commit().and_then(|()| stored.finish());
     // Of the former snapshot or, if it failed, of this one.
     sweep(paths);
     Ok(placed?)
+}
+
+/// The snapshot of a memory file.
+fn id_of(path: &Path) -> Option<Id> {
+    let file = image::open(path).ok()?;
+    let len = file.metadata().ok()?.len().checked_sub(TRAILER as u64)?;
+    Id::of_memory(&file, len).ok()?
+}
+
+/// Keeps the memory that belongs to the state in place, unless that is kept already since a crash. Where it cannot be kept, there is a
+/// moment at which the files do not fit.
+fn keep_former(paths: &StorePaths) {
+    let (Some(memory), Some(former)) = (paths.memory(), paths.former()) else { return };
+    let Some(section) = present(paths.state()) else { return };
+    if id_of(memory) == Some(section.id) {
+        drop(std::fs::remove_file(&former));
+        if let Err(error) = std::fs::hard_link(memory, &former) {
+            tracing::debug!(%error, path = %former.display(), "the former memory cannot be kept");
+        }
+    }
 }
 
 /// Keeps others from writing to the same folder as long as the file is there. File systems without locks do without.
@@ -306,7 +335,11 @@ pub(super) fn lock(paths: &StorePaths) -> Result<Option<File>> {
 /// Removes the memory files of a folder that are not of its snapshot: of former ones, and of such as never became one because their
 /// writer was killed. What cannot be removed does no harm.
 pub(super) fn sweep(paths: &StorePaths) {
-    if paths.memory().is_some() {
+    if let (Some(memory), Some(former)) = (paths.memory(), paths.former()) {
+        let needs = |path| present(paths.state()).is_some_and(|section| id_of(path) == Some(section.id));
+        if id_of(&former).is_some() && needs(memory) {
+            drop(std::fs::remove_file(former));
+        }
         return;
     }
     let keep = match present(paths.state()) {

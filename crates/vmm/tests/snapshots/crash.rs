@@ -50,6 +50,12 @@ fn writes_until_it_is_killed() {
     machine.paused().unwrap().track(true).unwrap();
     for generation in 1.. {
         mark(machine.memory(), generation);
+        if new.join("named").exists() {
+            // Two names that are used again and again.
+            store(&mut machine, &named(&dir), Kind::Full).unwrap();
+            fs::write(new.join("ready"), []).unwrap();
+            continue;
+        }
         // Differences are always one generation after what they are differences to.
         let (name, kind) = if generation % 2 == 1 { ("full", Kind::Full) } else { ("diff", Kind::Diff) };
         store(&mut machine, &paths(&dir, name), kind).unwrap();
@@ -59,35 +65,92 @@ fn writes_until_it_is_killed() {
     }
 }
 
+fn named(dir: &Path) -> StorePaths {
+    StorePaths::files(dir.join("named.state"), dir.join("named.memory"))
+}
+
+/// Starts [`writes_until_it_is_killed`], waits until it has written, and kills it at some moment.
+fn kill(dir: &Path, new: &Path, random: &mut Random) {
+    let mut process = child("crash::writes_until_it_is_killed", dir, new).spawn().unwrap();
+    let begin = Instant::now();
+    while !new.join("ready").exists() {
+        assert!(begin.elapsed() < Duration::from_secs(60) && process.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(Duration::from_micros(random.below(30_000) as u64));
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+#[test]
+fn a_process_that_is_killed_as_it_writes_to_names_leaves_the_former_snapshot_or_the_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let mut random = Random::new(10);
+    let mut former = 0;
+    for round in 0..count("FREESTONE_KILLS", 10) {
+        let new = folder(dir, &format!("machine-{round}"));
+        fs::write(new.join("named"), []).unwrap();
+        kill(dir, &new, &mut random);
+        let restored =
+            restore(&named(dir), &folder(dir, &format!("restored-{round}")), Transport::Mmio).unwrap();
+        assert!(marked(restored.memory()) > 0);
+        let found = Stored::open(&named(dir)).unwrap();
+        former += usize::from(found.path() != named(dir).memory().unwrap());
+    }
+    eprintln!("{former} times it was the former one, kept beside");
+    let mut machine = fresh(&folder(dir, "last"), Transport::Mmio, false);
+    store(&mut machine, &named(dir), Kind::Full).unwrap();
+    let left: Vec<_> =
+        files(dir).into_iter().filter(|name| !name.contains('-') || name.starts_with('.')).collect();
+    assert_eq!(left.len(), 3, "state, memory and the last machine: {left:?}");
+}
+
+#[test]
+fn memory_that_a_crash_has_left_without_its_state_hides_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let mut machine = fresh(dir, Transport::Mmio, false);
+    let (paths, other) = (named(dir), StorePaths::files(dir.join("other.state"), dir.join("other.memory")));
+    mark(machine.memory(), 5);
+    store(&mut machine, &paths, Kind::Full).unwrap();
+    mark(machine.memory(), 6);
+    store(&mut machine, &other, Kind::Full).unwrap();
+    // As a crash between the two files leaves it, and a second crash at the same moment.
+    for _ in 0..2 {
+        drop(fs::hard_link(paths.memory().unwrap(), dir.join("named.memory.former")));
+        fs::remove_file(paths.memory().unwrap()).unwrap();
+        fs::copy(other.memory().unwrap(), paths.memory().unwrap()).unwrap();
+        let stored = Stored::open(&paths).unwrap();
+        assert_eq!(marked(&stored.map(false).unwrap()), 5);
+    }
+    mark(machine.memory(), 7);
+    store(&mut machine, &paths, Kind::Full).unwrap();
+    assert_eq!(marked(&Stored::open(&paths).unwrap().map(false).unwrap()), 7);
+    assert!(!dir.join("named.memory.former").exists());
+}
+
 #[test]
 fn a_process_that_is_killed_leaves_the_former_snapshot_or_the_new_one() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let mut random = Random::new(4);
     let (mut rebased, mut left) = (0, 0);
-    for kill in 0..count("FREESTONE_KILLS", 10) {
-        let new = folder(dir, &format!("machine-{kill}"));
-        let mut process = child("crash::writes_until_it_is_killed", dir, &new).spawn().unwrap();
-        let begin = Instant::now();
-        while !new.join("ready").exists() {
-            assert!(begin.elapsed() < Duration::from_secs(60) && process.try_wait().unwrap().is_none());
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        std::thread::sleep(Duration::from_micros(random.below(30_000) as u64));
-        process.kill().unwrap();
-        process.wait().unwrap();
+    for round in 0..count("FREESTONE_KILLS", 10) {
+        let new = folder(dir, &format!("machine-{round}"));
+        kill(dir, &new, &mut random);
 
         let generation = |paths: &StorePaths, name: &str| {
             marked(restore(paths, &folder(dir, name), Transport::Mmio).unwrap().memory())
         };
-        let full = generation(&paths(dir, "full"), &format!("restored-{kill}"));
+        let full = generation(&paths(dir, "full"), &format!("restored-{round}"));
         let (base, diff) =
             (Stored::open(&paths(dir, "full")).unwrap(), Stored::open(&paths(dir, "diff")).unwrap());
         diff.verify(&mut |_, _| {}).unwrap();
         if diff.memory().base() == Some(base.memory().id()) {
             let whole = paths(dir, "whole");
             diff.rebase(&base, &whole, &mut |_, _| {}).unwrap();
-            assert_eq!(generation(&whole, &format!("rebased-{kill}")), full + 1);
+            assert_eq!(generation(&whole, &format!("rebased-{round}")), full + 1);
             rebased += 1;
         }
         for name in ["full", "diff"] {
