@@ -136,6 +136,10 @@ impl<H: Hypervisor> Machine<H> {
     /// [`Error::State`], or [`Error::Vcpu`] if the host gives no thread; the machine is then stopped.
     pub fn start(&mut self) -> Result<()> {
         self.expect("start", State::Created)?;
+        self.start_vcpus()
+    }
+
+    fn start_vcpus(&mut self) -> Result<()> {
         self.state = State::Running;
         let (board, memory, shared) = (&self.board, &self.memory, &self.shared);
         let started = self.vcpus.start(|| board.dispatcher(), memory, shared);
@@ -214,6 +218,9 @@ impl<H: Hypervisor> Machine<H> {
             && let Some(vm) = self.vm.state()
         {
             vm.set_clock(&clock, policy)?;
+        }
+        if !self.vcpus.started() {
+            return self.start_vcpus();
         }
         self.vcpus.resume();
         self.state = State::Running;

@@ -49,14 +49,9 @@ impl<H: Hypervisor> MachineBuilder<'_, H> {
             vcpu.restore(state)?;
             vcpus.push(vcpu);
         }
-        let mut vcpus = Vcpus::new(vcpus, stats);
-        // Threads take their time to begin: they do so while the rest is restored.
-        vcpus.start_paused(|| board.dispatcher(), &memory, &shared)?;
-        let chips = || Ok(vm.state().ok_or(Error::NotSaved)?.restore(&vm_state)?);
-        if let Err(error) = chips().and_then(|()| inventory.restore(sections)) {
-            vcpus.stop()?;
-            return Err(error);
-        }
+        vm.state().ok_or(Error::NotSaved)?.restore(&vm_state)?;
+        inventory.restore(sections)?;
+        let vcpus = Vcpus::new(vcpus, stats);
         let parts = Parts { vm, memory, board, inventory, event_loop, shared, vcpus };
         Ok(Machine::assemble(parts).into_restored(vm_state.clock.map(|saved| (saved, clock))))
     }

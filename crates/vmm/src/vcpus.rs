@@ -50,39 +50,15 @@ impl<V: Vcpu + 'static> Vcpus<V> {
         memory: &GuestMem,
         shared: &Arc<Shared>,
     ) -> Result<()> {
-        self.spawn(dispatcher, memory, shared, false)
-    }
-
-    /// The same, but paused. If it fails, there is no thread left.
-    pub(crate) fn start_paused(
-        &mut self,
-        dispatcher: impl Fn() -> Dispatcher,
-        memory: &GuestMem,
-        shared: &Arc<Shared>,
-    ) -> Result<()> {
-        let started = self.spawn(dispatcher, memory, shared, true);
-        if started.is_err() {
-            self.stop()?;
-        }
-        started
-    }
-
-    fn spawn(
-        &mut self,
-        dispatcher: impl Fn() -> Dispatcher,
-        memory: &GuestMem,
-        shared: &Arc<Shared>,
-        paused: bool,
-    ) -> Result<()> {
         let awake = Arc::new(AtomicUsize::new(self.idle.len()));
         for vcpu in std::mem::take(&mut self.idle) {
             let end = End { memory: memory.clone(), shared: Arc::clone(shared), awake: Arc::clone(&awake) };
             let thread = if self.observed {
                 let stats = ExitStats::new();
                 self.stats.push(stats.reader());
-                thread(RunLoop::with_observer(vcpu, dispatcher(), stats), end, paused)?
+                thread(RunLoop::with_observer(vcpu, dispatcher(), stats), end)?
             } else {
-                thread(RunLoop::with_observer(vcpu, dispatcher(), NoObserver), end, paused)?
+                thread(RunLoop::with_observer(vcpu, dispatcher(), NoObserver), end)?
             };
             self.threads.push(thread);
         }
@@ -98,6 +74,11 @@ impl<V: Vcpu + 'static> Vcpus<V> {
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
         self.idle.len() + self.threads.len()
+    }
+
+    /// Whether they have threads.
+    pub(crate) fn started(&self) -> bool {
+        !self.threads.is_empty()
     }
 
     /// The state of each, by index. They must be paused, or not have run.
@@ -143,11 +124,7 @@ struct End {
 fn thread<V: Vcpu + 'static, O: Observer + 'static>(
     run_loop: RunLoop<V, O>,
     end: End,
-    paused: bool,
 ) -> Result<Box<dyn Running>> {
-    if paused {
-        run_loop.control().request_pause();
-    }
     let thread = spawn_vcpu(run_loop, move |outcome, run_loop| {
         let vcpu = run_loop.vcpu();
         match outcome {
