@@ -185,15 +185,11 @@ impl Bare {
         if let Some(Flag(flag)) = &*flag {
             // SAFETY: the thread takes the pointer away before the page goes.
             unsafe { flag.as_ref() }.store(1, Ordering::SeqCst);
+            let thread = self.shared.tid.load(Ordering::SeqCst);
+            // SAFETY: the call takes nothing.
+            let process = unsafe { libc::getpid() };
             // SAFETY: integers only; the signal has a handler.
-            unsafe {
-                libc::syscall(
-                    libc::SYS_tgkill,
-                    libc::getpid(),
-                    self.shared.tid.load(Ordering::SeqCst),
-                    libc::SIGUSR1,
-                )
-            };
+            unsafe { libc::syscall(libc::SYS_tgkill, process, thread, libc::SIGUSR1) };
         }
     }
 

@@ -31,12 +31,15 @@ pub(crate) type Subject = Box<dyn FnMut() -> Fallible<f64>>;
 /// The subjects of a row with their names; the first is the floor.
 pub(crate) type Subjects = Vec<(&'static str, Subject)>;
 
+/// Makes the subjects of a row.
+type Make = Box<dyn Fn(&Places) -> Fallible<Subjects>>;
+
 /// A row that can be made.
 pub(crate) struct Row {
     pub(crate) name: String,
     /// How often less than others it is repeated.
     pub(crate) slow: u32,
-    make: Box<dyn Fn(&Places) -> Fallible<Subjects>>,
+    make: Make,
 }
 
 impl Row {
@@ -60,7 +63,7 @@ const PROGRAM: &str = "bench lifecycle";
 /// All rows.
 pub(crate) fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
-    let mut add = |name: String, slow, make: Box<dyn Fn(&Places) -> Fallible<Subjects>>| {
+    let mut add = |name: String, slow, make: Make| {
         rows.push(Row { name, slow, make });
     };
     for (label, size) in SIZES {
