@@ -24,6 +24,9 @@ const SIZES: [(&str, u64); 3] = [("128M", 128 << 20), ("1G", 1 << 30), ("4G", 4 
 /// Writes to COM1 for ever: `mov dx, 0x3F8; mov al, 0; 1: out dx, al; jmp 1b`.
 const WRITER: &[u8] = &[0x66, 0xBA, 0xF8, 0x03, 0xB0, 0x00, 0xEE, 0xEB, 0xFD];
 
+/// Makes the command of a subject.
+type Make<'a> = Box<dyn Fn() -> Fallible<Command> + 'a>;
+
 /// Runs the floor if this process was started for that.
 pub(crate) fn asked() -> Option<Fallible<()>> {
     std::env::var_os(VARIABLE).map(|folder| run(Path::new(&folder)))
@@ -71,7 +74,7 @@ pub(crate) fn measure(binary: &Path, count: u32) -> Fallible<Vec<Value>> {
         let raw = Raw::new(size, WRITER, image)?;
         std::fs::write(folder.join("raw"), raw.saved.to_bytes())?;
         save(binary, dir.path(), &kernel, &folder, label)?;
-        let commands: [(&str, Box<dyn Fn() -> Fallible<Command>>); 3] = [
+        let commands: [(&str, Make<'_>); 3] = [
             ("floor", Box::new(|| floor_command(&folder))),
             ("freestone restore", Box::new(|| Ok(restore_command(binary, &folder)))),
             ("floor again", Box::new(|| floor_command(&folder))),

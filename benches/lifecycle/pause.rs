@@ -19,6 +19,8 @@ use crate::rows::Subjects;
 const MEMORY: u64 = 64 << 20;
 /// Exits that are timed together.
 const EXITS: u32 = 200;
+/// How long a guest runs before it is paused.
+const RUNNING: Duration = Duration::from_millis(1);
 
 /// Where the guest runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,33 +78,36 @@ pub(crate) fn pause(level: Level) -> Fallible<Subjects> {
         Ok(begun.elapsed().as_secs_f64() * 1e6 / f64::from(EXITS) * 2.0)
     };
     let bare = Bare::start(raw(level, true)?)?;
+    bare.pause();
+    // Who is not measured stands still: there may be no more than two processors.
     let kick = move || {
-        let elapsed = bare.pause();
         bare.resume();
-        std::thread::sleep(Duration::from_millis(1));
-        Ok(elapsed)
+        std::thread::sleep(RUNNING);
+        Ok(bare.pause())
     };
     let kvm = Kvm::open()?;
     let mut machine = machine(&kvm, level)?;
+    machine.pause()?;
     let library = move || {
-        std::thread::sleep(Duration::from_millis(1));
+        machine.resume()?;
+        std::thread::sleep(RUNNING);
         let begun = begin();
         machine.pause()?;
-        let elapsed = end(begun);
-        machine.resume()?;
-        Ok(elapsed)
+        Ok(end(begun))
     };
     Ok(vec![("floor", Box::new(kick)), ("library", Box::new(library)), ("two exits", Box::new(two_exits))])
 }
 
 pub(crate) fn resume() -> Fallible<Subjects> {
     let bare = Bare::start(raw(Level::Kernel, false)?)?;
+    bare.pause();
     let floor = move || {
-        bare.pause();
         let begun = begin();
         bare.resume();
         bare.wait_running();
-        Ok(end(begun))
+        let elapsed = end(begun);
+        bare.pause();
+        Ok(elapsed)
     };
     let kvm = Kvm::open()?;
     let signal = Arc::new(Signal::default());
@@ -113,11 +118,13 @@ pub(crate) fn resume() -> Fallible<Subjects> {
     signal.begin();
     machine.start()?;
     signal.wait()?;
+    machine.pause()?;
     let library = move || {
-        machine.pause()?;
         signal.begin_again();
         machine.resume()?;
-        signal.wait()
+        let elapsed = signal.wait();
+        machine.pause()?;
+        elapsed
     };
     Ok(vec![("floor", Box::new(floor)), ("library", Box::new(library))])
 }
@@ -178,15 +185,11 @@ impl Bare {
         if let Some(Flag(flag)) = &*flag {
             // SAFETY: the thread takes the pointer away before the page goes.
             unsafe { flag.as_ref() }.store(1, Ordering::SeqCst);
+            let thread = self.shared.tid.load(Ordering::SeqCst);
+            // SAFETY: the call takes nothing.
+            let process = unsafe { libc::getpid() };
             // SAFETY: integers only; the signal has a handler.
-            unsafe {
-                libc::syscall(
-                    libc::SYS_tgkill,
-                    libc::getpid(),
-                    self.shared.tid.load(Ordering::SeqCst),
-                    libc::SIGUSR1,
-                )
-            };
+            unsafe { libc::syscall(libc::SYS_tgkill, process, thread, libc::SIGUSR1) };
         }
     }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use freestone_benches::Fallible;
 use freestone_benches::floor::{self, Host, Order};
+use freestone_benches::saved::Saved;
 use freestone_kvm::Kvm;
 use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::memory::uffd::{PageServer, Uffd};
@@ -30,12 +31,15 @@ pub(crate) type Subject = Box<dyn FnMut() -> Fallible<f64>>;
 /// The subjects of a row with their names; the first is the floor.
 pub(crate) type Subjects = Vec<(&'static str, Subject)>;
 
+/// Makes the subjects of a row.
+type Make = Box<dyn Fn(&Places) -> Fallible<Subjects>>;
+
 /// A row that can be made.
 pub(crate) struct Row {
     pub(crate) name: String,
     /// How often less than others it is repeated.
     pub(crate) slow: u32,
-    make: Box<dyn Fn(&Places) -> Fallible<Subjects>>,
+    make: Make,
 }
 
 impl Row {
@@ -59,7 +63,7 @@ const PROGRAM: &str = "bench lifecycle";
 /// All rows.
 pub(crate) fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
-    let mut add = |name: String, slow, make: Box<dyn Fn(&Places) -> Fallible<Subjects>>| {
+    let mut add = |name: String, slow, make: Make| {
         rows.push(Row { name, slow, make });
     };
     for (label, size) in SIZES {
@@ -196,9 +200,19 @@ fn restore(places: &Places, size: u64) -> Fallible<Subjects> {
     let image = folder.path().join("floor");
     let raw = File::options().read(true).write(true).create_new(true).open(&image)?;
     let raw = Raw::new(size, SIGNAL, raw)?;
-    raw.image.sync_all()?;
-    let raw = Arc::new(raw);
-    let again = Arc::clone(&raw);
+    let state = folder.path().join("floor.state");
+    std::fs::write(&state, raw.saved.to_bytes())?;
+    let host = Arc::clone(&raw.host);
+    drop(raw);
+    // The floor opens and reads two files, too.
+    let raw = move || {
+        let begun = begin();
+        let saved = Saved::from_bytes(&std::fs::read(&state)?).ok_or("the floor's state is damaged")?;
+        let mut vm = floor::Vm::restore(&host, &saved, &File::open(&image)?)?;
+        vm.run()?;
+        Ok(end(begun))
+    };
+    let again = raw.clone();
 
     let mut machine = running(&kvm, GuestMem::anonymous(size)?, SIGNAL, 16 * MIB)?;
     machine.pause()?;
@@ -233,10 +247,10 @@ fn restore(places: &Places, size: u64) -> Fallible<Subjects> {
         signal.wait()
     };
     let mut subjects = vec![
-        ("floor", boxed(move || raw.restore())),
-        ("library, opened", boxed(in_memory)),
+        ("floor", boxed(raw)),
         ("library", boxed(library)),
-        ("floor again", boxed(move || again.restore())),
+        ("library, opened", boxed(in_memory)),
+        ("floor again", boxed(again)),
     ];
     if Uffd::new().is_ok() {
         subjects.push(("userfaultfd", boxed(move || by_userfaultfd(&other, &served, size))));

@@ -1,6 +1,7 @@
 //! What can be seen of a VMM from outside: its time to the first byte, its system calls, its memory and its threads.
 
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -161,17 +162,20 @@ pub fn marked_calls(command: &Command, log: &Path) -> Fallible<Option<usize>> {
 /// If the log cannot be read.
 pub fn calls_until_output(command: &Command, log: &Path) -> Fallible<Option<usize>> {
     let mut strace = under_strace(command, log);
+    strace.process_group(0);
     let Ok((mut child, mut out)) = start(&mut strace) else { return Ok(None) };
     let got = out.read_exact(&mut [0]);
-    // The program ends when nobody reads what it writes; else strace ends it.
     drop(out);
-    let limit = Instant::now() + Duration::from_millis(500);
-    while child.try_wait()?.is_none() && Instant::now() < limit {
-        std::thread::sleep(Duration::from_millis(10));
+    // Politely first, so that strace writes all of its log: to the program as well.
+    let group = i32::try_from(child.id())?;
+    for (signal, wait) in [(libc::SIGTERM, 2000), (libc::SIGKILL, 0)] {
+        // SAFETY: integers only; the child is not waited for yet, so the number is that of its group.
+        unsafe { libc::kill(-group, signal) };
+        let limit = Instant::now() + Duration::from_millis(wait);
+        while child.try_wait()?.is_none() && Instant::now() < limit {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
-    let id = i32::try_from(child.id())?;
-    // SAFETY: integers only; the child is not waited for yet, so the number is its.
-    unsafe { libc::kill(id, libc::SIGTERM) };
     child.wait()?;
     got?;
     let log = std::fs::read_to_string(log)?;

@@ -436,7 +436,7 @@ impl<R: Read> SectionReader<'_, R> {
     pub fn decode<S: Section>(self) -> Result<S> {
         let (name, version) = (self.name().to_owned(), self.version());
         section::check::<S>(&name, version)?;
-        section::decode(&name, version, self.read_body()?)
+        section::decode(&name, version, &self.read_body()?)
     }
 }
 

@@ -1,5 +1,7 @@
 //! What is in a section: a saved state with a name, a version, an encoding and a way up from older versions.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -75,13 +77,12 @@ pub(crate) fn check<S: Section>(name: &str, version: u32) -> Result<()> {
 }
 
 /// Decodes a body that [`check`] has found right.
-pub(crate) fn decode<S: Section>(name: &str, version: u32, mut body: Vec<u8>) -> Result<S> {
+pub(crate) fn decode<S: Section>(name: &str, version: u32, body: &[u8]) -> Result<S> {
+    let mut body = Cow::Borrowed(body);
     for from in version..S::VERSION {
-        body = S::upgrade(from, &body).map_err(|source| Error::Upgrade {
-            name: name.to_owned(),
-            from,
-            source,
-        })?;
+        let upgraded = S::upgrade(from, &body);
+        body =
+            Cow::Owned(upgraded.map_err(|source| Error::Upgrade { name: name.to_owned(), from, source })?);
     }
     from_bytes(&body).map_err(|source| Error::Decode { name: name.to_owned(), version, source })
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::sync::Arc;
 
 use crate::{Error, Header, Reader, Restoring, Result, Section, SectionReader, State, section};
 
@@ -9,7 +10,8 @@ use crate::{Error, Header, Reader, Restoring, Result, Section, SectionReader, St
 pub(crate) struct Body {
     pub(crate) version: u32,
     pub(crate) optional: bool,
-    pub(crate) bytes: Vec<u8>,
+    /// Shared by all clones: there may be a thousand forks of one template.
+    pub(crate) bytes: Arc<[u8]>,
 }
 
 /// The sections of a snapshot, read and checked but not yet decoded. They are taken by their owners, in whatever order the
@@ -47,7 +49,8 @@ impl Sections {
             let Some(mut section) = each(section)? else { continue };
             let bytes = section.body_within(left)?;
             left = left.saturating_sub(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
-            let body = Body { version: section.version(), optional: section.is_optional(), bytes };
+            let body =
+                Body { version: section.version(), optional: section.is_optional(), bytes: bytes.into() };
             bodies.insert(section.name().to_owned(), body);
         }
         Ok(Self { header, bodies })
@@ -90,7 +93,7 @@ impl Sections {
     pub fn peek<S: Section>(&self) -> Result<S> {
         let body = self.bodies.get(S::NAME).ok_or_else(|| Error::Missing { name: S::NAME.to_owned() })?;
         section::check::<S>(S::NAME, body.version)?;
-        section::decode(S::NAME, body.version, body.bytes.clone())
+        section::decode(S::NAME, body.version, &body.bytes)
     }
 
     /// The sections that nobody took, to be written again as they are.
@@ -132,7 +135,7 @@ impl Sections {
         let Some(body) = self.bodies.get(name) else { return Ok(None) };
         section::check::<S>(name, body.version)?;
         let Some(body) = self.bodies.remove(name) else { return Ok(None) };
-        section::decode(name, body.version, body.bytes).map(Some)
+        section::decode(name, body.version, &body.bytes).map(Some)
     }
 
     /// Ends the restore: gives the names of the optional sections that nobody took.

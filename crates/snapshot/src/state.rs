@@ -44,7 +44,7 @@ impl State {
         if self.bodies.contains_key(&name) {
             return Err(Error::Doubled { name });
         }
-        let bytes = section::encode(&name, state)?;
+        let bytes = section::encode(&name, state)?.into();
         self.bodies.insert(name, Body { version: S::VERSION, optional: S::OPTIONAL, bytes });
         Ok(())
     }

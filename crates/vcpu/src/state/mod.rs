@@ -8,6 +8,7 @@
 //! [`SaveVm::save`]: freestone_hypervisor::SaveVm::save
 //! [`VcpuState`]: freestone_hypervisor::x86::VcpuState
 
+mod bytes;
 mod registers;
 mod vcpu;
 mod vm;

@@ -47,6 +47,7 @@ pub struct VcpuSection {
     regs: SavedRegs,
     special_regs: SavedSpecialRegs,
     xcrs: Vec<(u32, u64)>,
+    #[serde(with = "super::bytes")]
     xsave: Vec<u8>,
     debug_regs: SavedDebugRegs,
     lapic: Option<Vec<u8>>,
