@@ -41,7 +41,8 @@ impl Inbox {
     /// than the loop looks here must not pile up, or the loop would be busy with what is gone and never come to what is there.
     fn remove(&self, id: u64) -> io::Result<()> {
         let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        let unheard = commands.iter().position(|command| matches!(command, Command::Add(other, ..) if *other == id));
+        let unheard =
+            commands.iter().position(|command| matches!(command, Command::Add(other, ..) if *other == id));
         let unheard = unheard.map(|index| commands.remove(index));
         drop(commands);
         // With the lock released: the work may be dropped here, which may end other work.

@@ -412,9 +412,6 @@ mod net {
     conformance!(offloads, crate::net::net(crate::net::config()));
     conformance!(three_pairs, crate::net::net(crate::net::config().pairs(3)));
     conformance!(small_queues, crate::net::net(crate::net::config().queue_size(4)));
-    conformance!(
-        polling,
-        crate::net::net(crate::net::config().poll(std::time::Duration::from_micros(10)))
-    );
+    conformance!(polling, crate::net::net(crate::net::config().poll(std::time::Duration::from_micros(10))));
     conformance!(limited, crate::net::limited());
 }
