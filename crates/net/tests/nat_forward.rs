@@ -12,10 +12,10 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use freestone_net::Offloads;
 use freestone_net::nat::{
     Action, Dial, Forward, GuestForward, GuestTarget, HostDial, Nat, NatConfig, Protocol, Rule,
 };
+use freestone_net::{Offloads, VnetHeader};
 use guest::{Guest, by_gateway};
 use smoltcp::socket::tcp::State;
 
@@ -112,6 +112,43 @@ fn who_comes_before_the_machine_is_there_is_waited_with() {
     guest.link.deaf = false;
     let socket = guest.listen(22);
     assert_eq!(guest.exchange(socket, b"", 5), b"early");
+}
+
+/// The next frame for the machine.
+fn next_frame(guest: &mut Guest) -> Vec<u8> {
+    loop {
+        guest.link.endpoint.flush();
+        match guest.link.take() {
+            Some((frame, _)) => return frame,
+            None => guest.link.wait(Duration::from_millis(100)),
+        };
+    }
+}
+
+/// As one that was restored in front of a new NAT, and does not take connections by broadcast.
+#[test]
+fn a_machine_that_says_nothing_is_asked_who_it_is_and_connected_at_once() {
+    let mut config = NatConfig::default();
+    config.forwards.push(forward(22));
+    let mut guest = guest(config);
+    let host = guest.ask(|handle| handle.forwards()).unwrap()[0].host;
+    let _client = TcpStream::connect(host).unwrap();
+    let question = next_frame(&mut guest);
+    assert_eq!(question[..6], [0xff; 6]);
+    assert_eq!(question[12..14], [8, 6], "ARP");
+    assert_eq!(question[20..22], [0, 1], "a request");
+    assert_eq!(question[38..42], [10, 0, 2, 15]);
+    // By broadcast, for what it is worth.
+    let syn = next_frame(&mut guest);
+    assert_eq!((&syn[..6], &syn[12..14]), (&[0xff; 6][..], &[8, 0][..]));
+    let mut answer = [&question[6..12], &guest::MAC, &question[12..20], &[0, 2], &guest::MAC].concat();
+    answer.extend_from_slice(&[10, 0, 2, 15]);
+    answer.extend_from_slice(&question[22..32]);
+    guest.link.send(&VnetHeader::default(), &answer);
+    guest.link.endpoint.flush();
+    let (again, _) = guest.link.take().unwrap();
+    assert_eq!((&again[..6], &again[12..14]), (&guest::MAC[..], &[8, 0][..]));
+    assert_eq!(again[14 + 20..], syn[14 + 20..], "the same that was lost");
 }
 
 #[test]

@@ -123,8 +123,8 @@ pub struct DeviceCore<T> {
     queue_select: u16,
     queues: Vec<QueueRegisters>,
     activity: Activity,
-    /// It was restored and did not go on since.
-    restored: bool,
+    /// It was restored and did not go on since: the configuration space that its driver knows.
+    restored: Option<Vec<u8>>,
 }
 
 impl<T: TransportOps> DeviceCore<T> {
@@ -169,7 +169,7 @@ impl<T: TransportOps> DeviceCore<T> {
             queue_select: 0,
             queues,
             activity: Activity::Stopped,
-            restored: false,
+            restored: None,
         };
         core.watch_kicks();
         Ok(core)
@@ -358,6 +358,13 @@ impl<T: TransportOps> DeviceCore<T> {
         }
     }
 
+    /// All of the configuration space.
+    fn config_space(&self) -> Vec<u8> {
+        let mut space = vec![0; self.device.info().config_len as usize];
+        self.device.read_config(0, &mut space);
+        space
+    }
+
     /// Writes the configuration space. A write that is not wholly inside is ignored.
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {
         match self.config_range(offset, data.len()) {
@@ -517,7 +524,7 @@ impl<T: TransportOps> DeviceCore<T> {
         drop(self.stop());
         self.device.reset();
         self.ops.reset();
-        self.restored = false;
+        self.restored = None;
         self.status = 0;
         self.driver_features = 0;
         self.unknown_features = false;
@@ -545,7 +552,10 @@ impl<T: TransportOps> DeviceCore<T> {
     /// # Errors
     /// If the device cannot start; it then needs a reset.
     pub fn resume(&mut self) -> Result<()> {
-        let restored = std::mem::take(&mut self.restored);
+        let known = self.restored.take();
+        let restored = known.is_some();
+        // Who changed it in the meantime had nobody to tell.
+        let changed = known.is_some_and(|known| known != self.config_space());
         let mut irqs = Vec::new();
         if matches!(self.activity, Activity::Paused { .. }) {
             let (queues, doorbells) = self.stop();
@@ -553,7 +563,7 @@ impl<T: TransportOps> DeviceCore<T> {
             self.start(queues, doorbells).inspect_err(|error| self.control.fault(error))?;
         }
         if restored {
-            self.announce(&irqs);
+            self.announce(&irqs, changed);
         }
         Ok(())
     }

@@ -122,8 +122,9 @@ fn virtio_console() {
 
 #[test]
 fn virtio_balloon() {
-    let mut statistics = [None; 10];
+    let mut statistics = [None; 16];
     statistics[4] = Some(1 << 33);
+    statistics[15] = Some(5);
     is_golden(&BalloonState {
         target: 1000,
         actual: 999,

@@ -225,6 +225,32 @@ fn a_restored_device_interrupts_for_each_queue_in_use_once() {
     assert_eq!(bench.wiring.msi_count(message), 1, "a pause needs none");
 }
 
+#[cfg(feature = "balloon")]
+#[test]
+fn what_the_host_changes_before_a_restored_device_goes_on_is_told_to_the_driver() {
+    use freestone_virtio::balloon::{Balloon, BalloonConfig, BalloonHandle};
+
+    fn balloon() -> (Box<dyn Plug>, BalloonHandle) {
+        let balloon = Balloon::new(BalloonConfig::new()).unwrap();
+        let handle = balloon.handle();
+        (Box::new(VirtioPlug::new(Transport::Mmio, balloon, NAME)), handle)
+    }
+    for (target, told) in [(0, 0), (1 << 20, 2)] {
+        let mut bench = Bench::new(balloon().0).unwrap();
+        bench.start(u64::MAX).unwrap();
+        bench.settle().unwrap();
+        let mut sections = save(&mut bench);
+        let (plug, handle) = balloon();
+        let mut other = beside(&bench, plug);
+        other.device.restore(&mut sections.of(NAME)).unwrap();
+        let generation = other.driver.transport().config_generation().unwrap();
+        handle.set_target(target);
+        other.device.resume().unwrap();
+        assert_eq!(other.driver.take_interrupt().unwrap() & 2, told);
+        assert_eq!(other.driver.transport().config_generation().unwrap() != generation, told != 0);
+    }
+}
+
 #[test]
 fn a_restored_device_without_a_driver_interrupts_nobody() {
     let mut bench = Bench::new(rng(Transport::Mmio)).unwrap();

@@ -41,6 +41,10 @@ pub(super) struct Link {
     pub(super) gateway: MacAddr,
     /// The machine, from the last frame that it sent; everybody until then.
     pub(super) guest: MacAddr,
+    /// When it was asked last which Ethernet address it has.
+    pub(super) asked: Option<Instant>,
+    /// It was not known, and now it is: whoever waits for it need not wait longer.
+    pub(super) met: bool,
     /// The IPv6 address that the machine used last for more than the link, for connections to it; `None` until it did.
     pub(super) guest_v6: Option<Ipv6Addr>,
     /// When the next router advertisement is sent unasked; `None` until the card is there or the machine spoke IPv6.
@@ -65,6 +69,8 @@ impl Default for Link {
         Self {
             gateway: MacAddr([0x52, 0x55, 0x0A, 0, 2, 2]),
             guest: MacAddr::BROADCAST,
+            asked: None,
+            met: false,
             guest_v6: None,
             advertise: None,
             introductions: 0,
@@ -72,6 +78,16 @@ impl Default for Link {
             packet_id: 0,
             name_server: None,
             errors: Admission::new(ERRORS),
+        }
+    }
+}
+
+impl Link {
+    /// The machine sent a frame from this Ethernet address.
+    pub(super) fn learn(&mut self, station: MacAddr) {
+        if station.is_station() {
+            self.met |= !self.guest.is_station();
+            self.guest = station;
         }
     }
 }

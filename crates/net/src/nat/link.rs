@@ -30,6 +30,9 @@ const INTRODUCE_EVERY: Duration = Duration::from_secs(16);
 const VALID: u32 = 86_400;
 const PREFERRED: u32 = 14_400;
 
+/// How often the machine is asked for its Ethernet address at most.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+
 /// Hops of neighbour discovery: a packet with fewer came from elsewhere (RFC 4861, section 7.1).
 const HOPS: u8 = 255;
 
@@ -84,7 +87,7 @@ pub(super) fn arp(cx: &mut Context<'_>, packet: &[u8]) {
     if !sender.is_unspecified() && !may_send(cx.config, sender.into()) {
         return cx.stats.spoofed();
     }
-    cx.link.guest = sender_mac;
+    cx.link.learn(sender_mac);
     if operation != 1 || target == sender || !serves(cx.config, target.into()) {
         return;
     }
@@ -94,6 +97,38 @@ pub(super) fn arp(cx: &mut Context<'_>, packet: &[u8]) {
     reply.extend_from_slice(&sender_mac.0);
     reply.extend_from_slice(&sender.octets());
     emit::arp(cx, sender_mac, &reply);
+}
+
+/// Asks the machine, which has the address `addr`, for its Ethernet address, if that is not known.
+///
+/// It is not when a forward leads to a machine that has said nothing yet. One that starts says enough, but one that was restored is
+/// silent until it has something to say, and does not take a connection that comes by broadcast (RFC 1122, section 4.2.3.10).
+pub(super) fn find(cx: &mut Context<'_>, addr: IpAddr) {
+    if cx.link.guest.is_station() || cx.link.asked.is_some_and(|at| cx.now < at + ASK_EVERY) {
+        return;
+    }
+    cx.link.asked = Some(cx.now);
+    let gateway = cx.link.gateway;
+    match addr {
+        IpAddr::V4(addr) => {
+            let Some(net) = cx.config.ipv4 else { return };
+            let mut request = vec![0, 1, 8, 0, 6, 4, 0, 1];
+            request.extend_from_slice(&gateway.0);
+            request.extend_from_slice(&net.gateway.octets());
+            request.extend_from_slice(&[0; 6]);
+            request.extend_from_slice(&addr.octets());
+            emit::arp(cx, MacAddr::BROADCAST, &request);
+        }
+        IpAddr::V6(addr) => {
+            let mut message = vec![kind::NEIGHBOUR_SOLICITATION, 0, 0, 0, 0, 0, 0, 0];
+            message.extend_from_slice(&addr.octets());
+            message.extend_from_slice(&[1, 1]);
+            message.extend_from_slice(&gateway.0);
+            // The group of all who may have this address (RFC 4291, section 2.7.1).
+            let group = 0xFF02 << 112 | 0x0001_FF00_0000 | addr.to_bits() & 0xFF_FFFF;
+            emit::icmp(cx, ROUTER.into(), Ipv6Addr::from_bits(group).into(), HOPS, &mut message);
+        }
+    }
 }
 
 /// The machine sent a packet from this address: connections to it will go there.

@@ -319,6 +319,7 @@ impl Udp {
                             flow.last = cx.now;
                             flow.received += len as u64;
                             let (server, guest) = (flow.server, flow.guest);
+                            link::find(cx, guest.ip());
                             emit::udp(cx, server, guest, self.buffer.get(..len).unwrap_or_default());
                         }
                         self.flows.touch(flow);

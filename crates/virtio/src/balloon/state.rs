@@ -27,7 +27,7 @@ pub struct BalloonState {
     /// Whether the driver is to wait for the host when it has no more hints.
     pub hint_hold: bool,
     /// The statistics that the driver sent last, by their tag.
-    pub statistics: Option<[Option<u64>; 10]>,
+    pub statistics: Option<[Option<u64>; 16]>,
     /// The host asked for statistics, and the driver was not asked yet.
     pub statistics_requested: bool,
 }

@@ -76,7 +76,7 @@ impl BalloonStatistics {
     }
 
     /// All values, by their tags.
-    pub(super) fn to_array(self) -> [Option<u64>; 10] {
+    pub(super) fn to_array(self) -> [Option<u64>; 16] {
         [
             self.swap_in,
             self.swap_out,
@@ -88,11 +88,17 @@ impl BalloonStatistics {
             self.caches,
             self.huge_pages_allocated,
             self.huge_pages_failed,
+            self.oom_kills,
+            self.allocation_stalls,
+            self.async_scanned,
+            self.direct_scanned,
+            self.async_reclaimed,
+            self.direct_reclaimed,
         ]
     }
 
     /// The reverse of [`to_array`](Self::to_array).
-    pub(super) fn from_array(values: [Option<u64>; 10]) -> Self {
+    pub(super) fn from_array(values: [Option<u64>; 16]) -> Self {
         let mut statistics = Self::default();
         for (tag, value) in (0..).zip(values) {
             if let Some(value) = value {

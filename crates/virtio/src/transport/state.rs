@@ -250,7 +250,7 @@ impl<T: TransportOps> DeviceCore<T> {
             let queues = self.restore_queues(&saved)?;
             self.activity = Activity::Paused { queues, doorbells: self.bind_doorbells() };
         }
-        self.restored = true;
+        self.restored = Some(self.config_space());
         Ok(())
     }
 
@@ -290,14 +290,17 @@ impl<T: TransportOps> DeviceCore<T> {
     ///
     /// An interrupt that was sent before the save may still have been on its way through the host (an eventfd is emptied later) when
     /// the state of the interrupt controller was taken, and a driver that waits for it would wait for ever. A driver must cope with
-    /// one that is for nothing (2.7.7.1). The configuration is told of only if it ever changed, as drivers may do much about it.
-    pub(super) fn announce(&self, irqs: &[Irq]) {
+    /// one that is for nothing (2.7.7.1). The configuration is told of only if it ever changed, as drivers may do much about it:
+    /// before the save, or since the restore (`changed`).
+    pub(super) fn announce(&self, irqs: &[Irq], changed: bool) {
         for irq in irqs {
             if let Err(error) = irq.trigger() {
                 tracing::warn!(%error, "cannot interrupt the guest");
             }
         }
-        if self.lasting.generation() != 0 || self.control.needs_reset() {
+        if changed {
+            self.control.config_changed();
+        } else if self.lasting.generation() != 0 || self.control.needs_reset() {
             self.control.interrupt();
         }
     }

@@ -149,6 +149,9 @@ impl Engine {
         }
         let Parts { mut cx, tcp, udp, icmp, .. } = self.parts();
         let cx = &mut cx;
+        if std::mem::take(&mut cx.link.met) {
+            tcp.hurry(cx);
+        }
         let mut next =
             [tcp.timers(cx), udp.timers(cx), icmp.timers(cx), link::timers(cx)].into_iter().flatten().min();
         more |= tcp.flush(cx);

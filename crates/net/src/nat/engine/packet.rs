@@ -122,7 +122,7 @@ impl Engine {
         if !asks && !link::may_send(&self.config, from.into()) {
             return Err(Refused::Spoofed);
         }
-        self.learn(station);
+        self.link.learn(station);
         let more_or_offset = u16::from_be_bytes([o0, o1]) & 0x3FFF;
         if more_or_offset != 0 {
             return self.fragment(station, packet);
@@ -165,7 +165,7 @@ impl Engine {
         if !asks && !link::may_send(&self.config, from.into()) {
             return Err(Refused::Spoofed);
         }
-        self.learn(station);
+        self.link.learn(station);
         if next == protocol::FRAGMENT {
             return self.fragment(station, packet);
         }
@@ -173,12 +173,6 @@ impl Engine {
             link::learn_v6(&mut self.parts().cx, from);
         }
         self.transport(next, from.into(), to.into(), rest)
-    }
-
-    fn learn(&mut self, station: MacAddr) {
-        if station.is_station() {
-            self.link.guest = station;
-        }
     }
 
     /// Keeps a fragment, and takes the packet when it is complete.

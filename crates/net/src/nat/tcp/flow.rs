@@ -11,6 +11,7 @@ use super::{Queues, Shape};
 use crate::VnetHeader;
 use crate::nat::context::Context;
 use crate::nat::icmp::Why;
+use crate::nat::link;
 use crate::nat::stats::{FlowInfo, FlowState};
 use crate::nat::{Limits, Protocol};
 
@@ -308,6 +309,7 @@ impl Flow {
     /// Sends the segment that makes the connection, again if need be.
     pub(super) fn send_syn(&mut self, cx: &mut Context<'_>, queues: &Queues) {
         let flags = if self.outgoing { Flags::SYN | Flags::ACK } else { Flags::SYN };
+        link::find(cx, self.key.guest.ip());
         self.control(cx, queues, flags, self.una);
         self.resend_at = Some(cx.now + self.resend_after);
     }

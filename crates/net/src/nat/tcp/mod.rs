@@ -274,6 +274,15 @@ impl Tcp {
         [self.queues.timers.next(), self.next_child_check, listeners].into_iter().flatten().min()
     }
 
+    /// The machine can be reached now: who waits to be connected to it is not to wait until it is time to try again.
+    pub(super) fn hurry(&mut self, cx: &mut Context<'_>) {
+        for index in self.table.indices() {
+            if let Some(flow) = self.table.get(index).filter(|flow| flow.stage == Stage::SynSent) {
+                flow.send_syn(cx, &self.queues);
+            }
+        }
+    }
+
     /// Looks whether programs ended.
     fn reap(&mut self, now: Instant) {
         if self.next_child_check.is_none_or(|at| at > now) {
