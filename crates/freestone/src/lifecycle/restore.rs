@@ -53,6 +53,10 @@ pub(crate) struct Restore {
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Clock::Continue)]
     clock: Clock,
 
+    /// Restore it even if its processor does not fit this host: what the guest relies on may not be there.
+    #[arg(long, alias = "force")]
+    no_check: bool,
+
     /// Compare all of memory with its checksums before.
     #[arg(long)]
     verify: bool,
@@ -135,6 +139,7 @@ pub(crate) fn restore(args: &Restore) -> Result<ExitCode, Failure> {
                 Clock::Continue => ClockPolicy::Continue,
                 Clock::Advance => ClockPolicy::Advance,
             },
+            check: !args.no_check,
             verify: args.verify,
             track: args.track_dirty,
             count_exits: args.place.named(),

@@ -7,6 +7,7 @@ use freestone_kvm::Kvm;
 use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::memory::GuestMem;
 use freestone_vmm::store::{StorePaths, Stored};
+use freestone_vmm::vcpu::Severity;
 
 use super::config::{Config, ConfigSection};
 use super::memory::{Care, Lifeline, MemorySource, Prefetcher, RecordRequest, Recorder};
@@ -31,6 +32,8 @@ pub(crate) struct RestoreRequest {
     pub(crate) record: Option<RecordRequest>,
     /// What the clock shows.
     pub(crate) clock: ClockPolicy,
+    /// Whether it is refused if its processor does not fit this host.
+    pub(crate) check: bool,
     /// Whether all of memory is compared with its checksums before.
     pub(crate) verify: bool,
     /// Whether writes are logged, so that differences to this snapshot can be made.
@@ -50,6 +53,7 @@ impl RestoreRequest {
             prefetch: None,
             record: None,
             clock: ClockPolicy::Continue,
+            check: true,
             verify: false,
             track: false,
             count_exits: false,
@@ -146,6 +150,9 @@ pub(crate) fn restore(
         MemorySource::File => Stored::open(&request.paths)?,
         MemorySource::Uffd(_) => Stored::open_state(request.paths.state())?,
     };
+    if request.check {
+        check(kvm, &stored)?;
+    }
     if request.verify {
         stored.verify(progress)?;
     }
@@ -177,6 +184,21 @@ pub(crate) fn restore(
         paused.set_base(id);
     }
     Ok((vm, run))
+}
+
+/// Fails if the guest would not go on rightly on this host.
+fn check(kvm: &Kvm, stored: &Stored) -> Result<(), Failure> {
+    let (refused, warned): (Vec<_>, Vec<_>) =
+        stored.check_cpu(kvm)?.into_iter().partition(|mismatch| mismatch.severity == Severity::Refuse);
+    warned.iter().for_each(|mismatch| tracing::warn!("{mismatch}"));
+    if refused.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<_> = refused.iter().map(ToString::to_string).collect();
+    Err(Failure::new(format!(
+        "the snapshot does not fit this host: {} (--no-check restores it all the same)",
+        list.join("; ")
+    )))
 }
 
 /// The machine's memory, and what has to live as long.

@@ -5,6 +5,7 @@
 //!
 //! [`Paused::store`] writes one, [`Stored`] is one that is there, [`Template`] is one that forks are made from without any file.
 
+mod host;
 mod id;
 mod memory;
 mod read;
@@ -16,6 +17,7 @@ mod track;
 mod working_set;
 mod write;
 
+pub use host::{CpuModel, HostSection};
 pub use id::Id;
 pub use memory::MemorySection;
 pub use read::Stored;

@@ -151,8 +151,7 @@ impl Watcher {
     /// [`Error::Io`] if the host cannot wait.
     pub fn wait(&self, stop: BorrowedFd<'_>) -> Result<bool> {
         loop {
-            let mut fds =
-                [PollFd::new(&self.fd, self.flags), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+            let mut fds = [PollFd::new(&self.fd, self.flags), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
             match poll(&mut fds, None) {
                 Ok(_) if !fds[1].revents().is_empty() => return Ok(false),
                 Ok(_) if !fds[0].revents().is_empty() => return Ok(true),

@@ -107,15 +107,17 @@ impl WorkingSet {
         let mut lines = (1..).zip(text.lines());
         match lines.next() {
             Some((_, MAGIC)) => {}
-            _ => return Err(format!("it is no working set of this version: it does not begin with {MAGIC:?}")),
+            _ => {
+                return Err(format!("it is no working set of this version: it does not begin with {MAGIC:?}"));
+            }
         }
         let size = lines.next().and_then(|(_, line)| number(line.strip_prefix("image ")?));
         let size = size.ok_or("line 2 does not say the size of the image")?;
         let (mut extents, mut bytes) = (Vec::new(), 0u64);
         for (at, line) in lines {
-            let extent = line.split_once(' ').and_then(|(offset, len)| {
-                Some(Extent { offset: number(offset)?, len: number(len)? })
-            });
+            let extent = line
+                .split_once(' ')
+                .and_then(|(offset, len)| Some(Extent { offset: number(offset)?, len: number(len)? }));
             let extent = extent.filter(|Extent { offset, len }| {
                 let whole = offset.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE) && *len > 0;
                 whole && offset.checked_add(*len).is_some_and(|end| end <= size)

@@ -7,7 +7,7 @@ use freestone_memory::image;
 use freestone_snapshot::{Arch, AtomicFile, Header, SnapshotFile, State};
 
 use super::memory::{MemorySection, layout_of};
-use super::{Id, Tracker};
+use super::{HostSection, Id, Tracker};
 use crate::{Error, Paused, Result};
 
 /// How much of memory a snapshot has.
@@ -122,6 +122,7 @@ impl<H: Hypervisor> Paused<'_, H> {
     ) -> Result<StoreReport> {
         let id = Id::random().map_err(|source| Error::Io { op: "make up a name for a snapshot", source })?;
         let mut state = self.save()?;
+        state.put(HostSection::here())?;
         state.absorb(extra)?;
         let layout = layout_of(self.memory())?;
         let base = match options.kind {
