@@ -77,10 +77,14 @@ pub(crate) struct Lifeline {
     thread: Option<JoinHandle<()>>,
 }
 
+/// What is done with the reason before the process is ended.
+type LastWords = Box<dyn FnOnce(&str) + Send>;
+
 struct Line {
     socket: PathBuf,
     lost: AtomicBool,
     machine: Mutex<Option<MachineHandle>>,
+    last_words: Mutex<Option<LastWords>>,
     /// Written to when no thread waits for pages any more.
     released: OwnedFd,
 }
@@ -103,6 +107,7 @@ impl Lifeline {
             socket: source.socket.clone(),
             lost: AtomicBool::new(false),
             machine: Mutex::new(None),
+            last_words: Mutex::new(None),
             released,
         });
         let (watcher, line) = (served.watcher()?, Arc::clone(&shared));
@@ -122,6 +127,11 @@ impl Lifeline {
         if self.is_lost() {
             machine.stop();
         }
+    }
+
+    /// Has `words` called before the process is ended.
+    pub(super) fn at_last(&self, words: LastWords) {
+        *self.shared.last_words.lock().unwrap_or_else(PoisonError::into_inner) = Some(words);
     }
 
     fn is_lost(&self) -> bool {
@@ -170,7 +180,11 @@ impl Line {
         }
         // Threads that wait for a page do so in the kernel, and nothing but the end of the process ends that without giving the
         // guest pages of zeros, which its devices might write to a disk.
-        eprintln!("freestone: {}", self.what_happened());
+        let what = self.what_happened();
+        eprintln!("freestone: {what}");
+        if let Some(words) = self.last_words.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            words(&what);
+        }
         std::process::exit(FAILURE.into());
     }
 }

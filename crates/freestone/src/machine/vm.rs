@@ -172,6 +172,13 @@ impl Vm {
         Ok(reason)
     }
 
+    /// Has `words` called if the process has to be ended since the machine cannot be.
+    pub(crate) fn at_last(&self, words: impl FnOnce(&str) + Send + 'static) {
+        if let Some(lifeline) = &self.care.lifeline {
+            lifeline.at_last(Box::new(words));
+        }
+    }
+
     /// Writes down which memory was used, if that was asked for.
     pub(super) fn record(&mut self) {
         if let Some(recorder) = &mut self.care.recorder {
