@@ -92,15 +92,16 @@ impl WorkingSet {
         let path = path.as_ref();
         let wrong = |reason: String| Error::Stored { path: PathBuf::from(path), reason };
         let opened = File::open(path).and_then(|file| {
-            let mut text = String::new();
-            file.take(MAX_BYTES + 1).read_to_string(&mut text)?;
-            Ok(text)
+            let mut bytes = Vec::new();
+            file.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
+            Ok(bytes)
         });
-        let text = opened.map_err(|error| wrong(format!("it cannot be read: {error}")))?;
-        if text.len() as u64 > MAX_BYTES {
+        let bytes = opened.map_err(|error| wrong(format!("it cannot be read: {error}")))?;
+        if bytes.len() as u64 > MAX_BYTES {
             return Err(wrong(format!("it is longer than {MAX_BYTES} bytes: it is no working set")));
         }
-        Self::parse(&text).map_err(wrong)
+        let text = str::from_utf8(&bytes).map_err(|_| wrong("it is no text, and so no working set".to_owned()))?;
+        Self::parse(text).map_err(wrong)
     }
 
     fn parse(text: &str) -> std::result::Result<Self, String> {
