@@ -177,6 +177,13 @@ impl Place {
         }
     }
 
+    /// What notes that the machine failed, for a thread that has to end the process itself.
+    pub(crate) fn last_words(&self) -> Option<impl FnOnce(&str) + Send + use<>> {
+        let ending = self.claim.as_ref().filter(|_| !self.remove)?.ending();
+        // Nobody is there any more to hear that it failed.
+        Some(move |why: &str| drop(ending(format!("failed: {why}"), FAILURE)))
+    }
+
     /// Notes how the machine ended.
     pub(crate) fn ended(&self, reason: &str, status: u8) {
         let Some(claim) = self.claim.as_ref().filter(|_| !self.remove) else { return };

@@ -63,6 +63,9 @@ pub(crate) fn conduct(
         .map(|path| listen(vm, path, place.name()))
         .collect::<Result<Vec<_>, _>>()?;
     place.note(note(vm, args, place.detached()))?;
+    if let Some(words) = place.last_words() {
+        vm.at_last(words);
+    }
     if go {
         vm.go()?;
     }

@@ -59,6 +59,15 @@ impl MachineSection {
         Err(Error::Differs { what: "layout of RAM", saved: show(&self.ram), built: show(&found) })
     }
 
+    /// Fails if there are more vCPUs than any machine has.
+    pub(crate) fn check_cpus(&self) -> Result<()> {
+        if (1..=MAX_CPUS).contains(&self.cpus) {
+            return Ok(());
+        }
+        let (saved, built) = (self.cpus.to_string(), format!("1 to {MAX_CPUS}"));
+        Err(Error::Differs { what: "number of vCPUs", saved, built })
+    }
+
     /// Fails unless a machine of the shape `built` can become the one that was saved.
     pub(crate) fn check(&self, built: &Self) -> Result<()> {
         let differs = |what, saved: String, built: String| Err(Error::Differs { what, saved, built });

@@ -1,5 +1,6 @@
 //! `freestone snapshot`: saving machines, and what is saved of them.
 
+use std::fmt;
 use std::fs::DirBuilder;
 use std::io::IsTerminal;
 use std::os::unix::fs::DirBuilderExt;
@@ -8,8 +9,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use freestone_kvm::Kvm;
 use freestone_vmm::snapshot::{Arch, Limits, SnapshotFile};
 use freestone_vmm::store::{StorePaths, Stored};
+use freestone_vmm::vcpu::{Mismatch, Severity};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 
@@ -207,15 +210,21 @@ fn info(dir: &Path) -> Result<(Value, String), Failure> {
     let base = memory.base().map(|base| base.to_string());
     let bytes = stored.layout().size();
     let on_disk =
-        stored.memory_file().metadata().map(|found| std::os::unix::fs::MetadataExt::blocks(&found) * 512)?;
+        stored.memory_file()?.metadata().map(|found| std::os::unix::fs::MetadataExt::blocks(&found) * 512)?;
     let list: Vec<_> = sections
         .iter()
         .map(|section| json!({ "name": section.name, "version": section.version, "bytes": section.length, "optional": section.optional }))
         .collect();
+    let (cpu, name) = stored.cpu()?;
+    let fit = Fit::of(&stored);
     let value = json!({
         "dir": dir, "id": memory.id().to_string(), "base": base, "program": program, "format": format,
         "arch": arch, "fits_this_host": fits, "cpus": machine.cpus(), "memory": bytes, "on_disk": on_disk,
         "checksums": memory.checksums().is_some(), "sections": list,
+        "cpu": { "name": name, "vendor": cpu.vendor(), "family": cpu.family(), "model": cpu.model(),
+                 "stepping": cpu.stepping() },
+        "host": stored.host()?.map(|host| host.kernel().to_owned()),
+        "compatible": fit.compatible(), "mismatches": fit.list(),
     });
     let kind = base.map_or_else(|| "all of memory".to_owned(), |base| format!("differences to {base}"));
     let mut text = format!(
@@ -227,6 +236,14 @@ fn info(dir: &Path) -> Result<(Value, String), Failure> {
         size::display(on_disk),
         if memory.checksums().is_some() { "with" } else { "without" },
     );
+    text.push_str(&format!(
+        "\n  processor {} family {:#x} model {:#x} stepping {}{}\n  {fit}",
+        cpu.vendor(),
+        cpu.family(),
+        cpu.model(),
+        cpu.stepping(),
+        if name.is_empty() { String::new() } else { format!(": {name}") },
+    ));
     for section in &sections {
         text.push_str(&format!(
             "\n  {:<32} version {:<3} {}",
@@ -236,6 +253,47 @@ fn info(dir: &Path) -> Result<(Value, String), Failure> {
         ));
     }
     Ok((value, text))
+}
+
+/// Whether a snapshot's processor fits this host.
+enum Fit {
+    Known(Vec<Mismatch>),
+    /// This host has nothing to compare with.
+    Unknown(Failure),
+}
+
+impl Fit {
+    fn of(stored: &Stored) -> Self {
+        let found = Kvm::open().map_err(Failure::from).and_then(|kvm| Ok(stored.check_cpu(&kvm)?));
+        found.map_or_else(Self::Unknown, Self::Known)
+    }
+
+    fn compatible(&self) -> Option<bool> {
+        match self {
+            Self::Known(found) => Some(found.iter().all(|found| found.severity < Severity::Refuse)),
+            Self::Unknown(_) => None,
+        }
+    }
+
+    fn list(&self) -> Vec<Value> {
+        let Self::Known(found) = self else { return Vec::new() };
+        let item = |found: &Mismatch| json!({ "refused": found.severity == Severity::Refuse, "message": found.message });
+        found.iter().map(item).collect()
+    }
+}
+
+impl fmt::Display for Fit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Known(found) if found.is_empty() => f.write_str("fits this host"),
+            Self::Known(found) => {
+                let fits = self.compatible() == Some(true);
+                f.write_str(if fits { "fits this host, but:" } else { "does not fit this host:" })?;
+                found.iter().try_for_each(|found| write!(f, "\n    {found}"))
+            }
+            Self::Unknown(failure) => write!(f, "cannot be compared with this host: {failure}"),
+        }
+    }
 }
 
 fn verify(dir: &Path) -> Result<(), Failure> {

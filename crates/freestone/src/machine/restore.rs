@@ -1,12 +1,16 @@
 //! Making a machine of the reference VMM again: from files, or from a template of another process.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use freestone_kvm::Kvm;
 use freestone_vmm::hypervisor::x86::ClockPolicy;
+use freestone_vmm::memory::GuestMem;
 use freestone_vmm::store::{StorePaths, Stored};
+use freestone_vmm::vcpu::Severity;
 
 use super::config::{Config, ConfigSection};
+use super::memory::{Care, Lifeline, MemorySource, Prefetcher, RecordRequest, Recorder};
 use super::vm::{Origin, Vm};
 use crate::cli::Run;
 use crate::console::Console;
@@ -20,8 +24,16 @@ use crate::specs::{PmemSpec, VsockSpec};
 pub(crate) struct RestoreRequest {
     /// The snapshot.
     pub(crate) paths: StorePaths,
+    /// Where its memory comes from.
+    pub(crate) memory: MemorySource,
+    /// A working set, whose pages are made present while the machine starts.
+    pub(crate) prefetch: Option<PathBuf>,
+    /// Whether the pages that are used are written down.
+    pub(crate) record: Option<RecordRequest>,
     /// What the clock shows.
     pub(crate) clock: ClockPolicy,
+    /// Whether it is refused if its processor does not fit this host.
+    pub(crate) check: bool,
     /// Whether all of memory is compared with its checksums before.
     pub(crate) verify: bool,
     /// Whether writes are logged, so that differences to this snapshot can be made.
@@ -37,7 +49,11 @@ impl RestoreRequest {
     pub(crate) fn new(paths: StorePaths) -> Self {
         Self {
             paths,
+            memory: MemorySource::File,
+            prefetch: None,
+            record: None,
             clock: ClockPolicy::Continue,
+            check: true,
             verify: false,
             track: false,
             count_exits: false,
@@ -58,7 +74,7 @@ pub(crate) struct Remap {
     /// The sockets' path.
     pub(crate) vsock: Option<VsockSpec>,
     /// The control socket: `Some(None)` for none.
-    pub(crate) control: Option<Option<std::path::PathBuf>>,
+    pub(crate) control: Option<Option<PathBuf>>,
 }
 
 /// `NAME=SPEC` on a command line.
@@ -144,7 +160,13 @@ pub(crate) fn restore(
     console: &Console,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(Vm, Run), Failure> {
-    let mut stored = Stored::open(&request.paths)?;
+    let mut stored = match &request.memory {
+        MemorySource::File => Stored::open(&request.paths)?,
+        MemorySource::Uffd(_) => Stored::open_state(request.paths.state())?,
+    };
+    if request.check {
+        check(kvm, &stored)?;
+    }
     if request.verify {
         stored.verify(progress)?;
     }
@@ -154,14 +176,56 @@ pub(crate) fn restore(
     run.cpus = stored.machine().cpus();
     run.track_dirty |= request.track;
     run.count_exits = request.count_exits;
-    let memory = stored.map(run.track_dirty)?;
+    let (memory, care) = memory(request, &stored, run.track_dirty)?;
     let id = stored.memory().id();
     let origin = Origin::Restore { sections: stored.sections(), memory, clock: request.clock };
     let mut vm = Vm::create(kvm, config, &run, console, origin)?;
     if run.track_dirty {
         vm.machine.paused()?.track_since(id)?;
     }
-    stored.fill(&vm.machine)?;
+    vm.care = care;
+    match &mut vm.care.lifeline {
+        Some(lifeline) => {
+            lifeline.hold(vm.machine.handle());
+            lifeline.served().fill(&vm.machine)?;
+        }
+        None => stored.fill(&vm.machine)?,
+    }
+    if let Some(record) = &request.record {
+        vm.care.recorder = Some(Recorder::new(record, stored.layout(), vm.commander())?);
+    }
     stored.finish()?;
     Ok((vm, run))
+}
+
+/// Fails if the guest would not go on rightly on this host.
+fn check(kvm: &Kvm, stored: &Stored) -> Result<(), Failure> {
+    let (refused, warned): (Vec<_>, Vec<_>) =
+        stored.check_cpu(kvm)?.into_iter().partition(|mismatch| mismatch.severity == Severity::Refuse);
+    warned.iter().for_each(|mismatch| tracing::warn!("{mismatch}"));
+    if refused.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<_> = refused.iter().map(ToString::to_string).collect();
+    Err(Failure::new(format!(
+        "the snapshot does not fit this host: {} (--no-check restores it all the same)",
+        list.join("; ")
+    )))
+}
+
+/// The machine's memory, and what has to live as long.
+fn memory(request: &RestoreRequest, stored: &Stored, log: bool) -> Result<(GuestMem, Care), Failure> {
+    let mut care = Care::default();
+    let memory = match &request.memory {
+        MemorySource::File => stored.map(log)?,
+        MemorySource::Uffd(source) => {
+            let (memory, lifeline) = Lifeline::connect(stored, source, log)?;
+            care.lifeline = Some(lifeline);
+            memory
+        }
+    };
+    if let Some(file) = &request.prefetch {
+        care.prefetcher = Some(Prefetcher::start(file, &memory, stored.layout())?);
+    }
+    Ok((memory, care))
 }

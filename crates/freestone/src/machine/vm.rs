@@ -20,6 +20,7 @@ use freestone_vmm::{Attention, ExitReason, FileSource, Machine, MachineBuilder, 
 
 use super::command::{Commander, Job};
 use super::config::Config;
+use super::memory::Care;
 use crate::attach::Attached;
 use crate::cli::{ConsoleKind, MemoryBacking, Protocol, Run, Transport};
 use crate::console::Console;
@@ -71,6 +72,8 @@ pub(crate) struct Vm {
     button: PowerButton,
     jobs: Receiver<Job>,
     commander: Commander,
+    // Pages may be asked for until all of the above is gone.
+    pub(super) care: Care,
 }
 
 impl Vm {
@@ -135,6 +138,7 @@ impl Vm {
             button: handle,
             jobs,
             commander,
+            care: Care::default(),
         })
     }
 
@@ -158,8 +162,28 @@ impl Vm {
                 }
             }
         };
-        self.machine.stop()?;
+        let stopped = self.machine.stop();
+        // What is told is the cause.
+        if let Some(lifeline) = &self.care.lifeline {
+            lifeline.release()?;
+        }
+        stopped?;
+        self.record();
         Ok(reason)
+    }
+
+    /// Has `words` called if the process has to be ended since the machine cannot be.
+    pub(crate) fn at_last(&self, words: impl FnOnce(&str) + Send + 'static) {
+        if let Some(lifeline) = &self.care.lifeline {
+            lifeline.at_last(Box::new(words));
+        }
+    }
+
+    /// Writes down which memory was used, if that was asked for.
+    pub(super) fn record(&mut self) {
+        if let Some(recorder) = &mut self.care.recorder {
+            recorder.record(self.machine.memory());
+        }
     }
 
     /// Makes guest and devices stand still.

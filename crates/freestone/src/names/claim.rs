@@ -131,7 +131,13 @@ impl Claim {
 
     /// Notes how the machine ended.
     pub(crate) fn end(&self, reason: String, status: u8) -> Result<(), Failure> {
-        note::write(&self.file("exit.json"), &EndNote { reason, status, at: note::now() })
+        self.ending()(reason, status)
+    }
+
+    /// What notes how the machine ended, for a thread that has to end the process itself.
+    pub(crate) fn ending(&self) -> impl Fn(String, u8) -> Result<(), Failure> + Send + use<> {
+        let file = self.file("exit.json");
+        move |reason, status| note::write(&file, &EndNote { reason, status, at: note::now() })
     }
 
     /// Gives the name back and leaves the folder as it is.

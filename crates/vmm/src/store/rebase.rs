@@ -39,7 +39,7 @@ impl Stored {
         let file = aside.file();
         let mut sums = self.copy_base(base, file, progress)?;
         let (layout, extents) = (&self.layout, &self.extents);
-        image::apply_diff(file, self.memory_file(), layout, extents, sums.as_deref_mut(), progress)?;
+        image::apply_diff(file, self.memory_file()?, layout, extents, sums.as_deref_mut(), progress)?;
         section.id.write_trailer(file, layout.size())?;
         section.base = None;
         section.extents = vec![(0, layout.size())];
@@ -58,7 +58,7 @@ impl Stored {
         if self.layout != base.layout {
             return Err(differs(&self.layout, &base.layout));
         }
-        image::copy_sparse(base.memory_file(), file, progress)?;
+        image::copy_sparse(base.memory_file()?, file, progress)?;
         Ok(base.section.checksums.clone())
     }
 }

@@ -11,7 +11,7 @@ use freestone_snapshot::{Arch, Header, Sections, State, Writer};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::memory::{MemorySection, layout_of};
-use super::{Id, read};
+use super::{HostSection, Id, read};
 use crate::saved::MachineSection;
 use crate::{Error, Machine, Paused, Result};
 
@@ -36,6 +36,7 @@ impl<H: Hypervisor> Paused<'_, H> {
     pub fn template(&mut self, program: &str, extra: State, frozen: bool) -> Result<Template> {
         let id = Id::random().map_err(|source| Error::Io { op: "make up a name for a template", source })?;
         let mut state = self.save()?;
+        state.put(HostSection::here())?;
         state.absorb(extra)?;
         let layout = layout_of(self.memory())?;
         state.put(&MemorySection::new(id, None, &layout))?;

@@ -10,7 +10,7 @@ use rustix::fs::FlockOperation;
 
 use super::id::TRAILER;
 use super::memory::{MemorySection, layout_of};
-use super::{Id, Tracker};
+use super::{HostSection, Id, Tracker};
 use crate::{Error, Paused, Result};
 
 /// With what the names of memory files in folders begin.
@@ -152,6 +152,7 @@ impl<H: Hypervisor> Paused<'_, H> {
         sweep(paths);
         let id = Id::random().map_err(|source| Error::Io { op: "make up a name for a snapshot", source })?;
         let mut state = self.save()?;
+        state.put(HostSection::here())?;
         state.absorb(extra)?;
         let layout = layout_of(self.memory())?;
         let base = match options.kind {
