@@ -267,7 +267,7 @@ fn by_userfaultfd(kvm: &Kvm, paths: &StorePaths, size: u64) -> Fallible<f64> {
     let memory = GuestMemBuilder::new(size).build()?;
     let uffd = Uffd::new()?;
     let regions = uffd.register(&memory)?;
-    let mut server = PageServer::new(uffd, regions, stored.memory_file().try_clone()?)?;
+    let mut server = PageServer::new(uffd, regions, stored.memory_file()?.try_clone()?)?;
     let stopped = Arc::clone(&stop);
     let serving = std::thread::spawn(move || {
         use std::os::fd::AsFd;
