@@ -100,7 +100,8 @@ impl WorkingSet {
         if bytes.len() as u64 > MAX_BYTES {
             return Err(wrong(format!("it is longer than {MAX_BYTES} bytes: it is no working set")));
         }
-        let text = str::from_utf8(&bytes).map_err(|_| wrong("it is no text, and so no working set".to_owned()))?;
+        let text =
+            str::from_utf8(&bytes).map_err(|_| wrong("it is no text, and so no working set".to_owned()))?;
         Self::parse(text).map_err(wrong)
     }
 
@@ -109,7 +110,9 @@ impl WorkingSet {
         match lines.next() {
             Some((_, MAGIC)) => {}
             _ => {
-                return Err(format!("it is no working set of this version: it does not begin with {MAGIC:?}"));
+                return Err(format!(
+                    "it is no working set of this version: it does not begin with {MAGIC:?}"
+                ));
             }
         }
         let size = lines.next().and_then(|(_, line)| number(line.strip_prefix("image ")?));
