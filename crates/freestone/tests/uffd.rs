@@ -1,6 +1,6 @@
 //! Machines whose memory comes from a page server in another process, and what a page server takes from strangers. Skipped by name where
 //! there is no KVM or no userfaultfd.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::fs;
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
