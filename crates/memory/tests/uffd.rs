@@ -354,3 +354,21 @@ fn another_process_serves_and_ends_with_the_monitor() {
     let set = std::fs::read_to_string(dir.path().join("set")).unwrap();
     assert!(set.starts_with(&format!("0x8000 {:#x} ", LOW_LEN + 0x1000)), "{set}");
 }
+
+#[test]
+fn who_waits_for_a_page_gets_on_when_the_service_ends() {
+    let mem = memory();
+    let uffd = Uffd::new().unwrap();
+    uffd.register(&mem).unwrap();
+    let (told, waits) = std::sync::mpsc::channel();
+    let reader = {
+        let mem = mem.clone();
+        thread::spawn(move || {
+            told.send(()).unwrap();
+            (byte(&mem, 0x5000), byte(&mem, HIGH))
+        })
+    };
+    waits.recv().unwrap();
+    uffd.unregister(&mem).unwrap();
+    assert_eq!(reader.join().unwrap(), (0, 0));
+}

@@ -141,6 +141,8 @@ impl Lifeline {
     /// The machine has stopped. Fails if that was for want of pages.
     pub(crate) fn release(&self) -> Result<(), Failure> {
         self.shared.release();
+        // Before the VM goes, which waits for pages that the kernel looks for in the background.
+        self.served.end()?;
         if self.is_lost() { Err(Failure::new(self.shared.what_happened())) } else { Ok(()) }
     }
 }

@@ -17,6 +17,8 @@ const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xAA00;
 const UFFDIO_API: libc::Ioctl = 0xC018_AA3F;
 /// `_IOWR(0xAA, 0x00, struct uffdio_register)`.
 const UFFDIO_REGISTER: libc::Ioctl = 0xC020_AA00;
+/// `_IOR(0xAA, 0x01, struct uffdio_range)`.
+const UFFDIO_UNREGISTER: libc::Ioctl = 0x8010_AA01;
 /// `_IOR(0xAA, 0x02, struct uffdio_range)`.
 const UFFDIO_WAKE: libc::Ioctl = 0x8010_AA02;
 /// `_IOWR(0xAA, 0x03, struct uffdio_copy)`.
@@ -93,6 +95,13 @@ pub(super) fn register(fd: BorrowedFd<'_>, start: u64, len: u64) -> io::Result<(
     // SAFETY: `args` is what the request wants and outlives the call, which writes only to it. The range is memory that belongs
     // to a guest: no reference into it exists, and an access to it may wait, which is safe.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut args) })
+}
+
+/// Ends what [`register`] began: who waits gets on, and pages that are missing read as zeros.
+pub(super) fn unregister(fd: BorrowedFd<'_>, start: u64, len: u64) -> io::Result<()> {
+    let mut args = RangeArgs { start, len };
+    // SAFETY: `args` is what the request wants and outlives the call. What changes is how missing pages of the range are filled in.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_UNREGISTER, &raw mut args) })
 }
 
 /// Fills pages that are missing at `to` in the process of the descriptor, and wakes those who wait for them. Returns how many bytes

@@ -80,6 +80,21 @@ impl Uffd {
         Ok(regions)
     }
 
+    /// Ends the service of the boot RAM: whoever waits for a page gets one of zeros, as does whoever touches a missing page later. So
+    /// nobody may use the memory any more who believes what is in it.
+    ///
+    /// A VM whose guest has stopped wants this before it is dropped: KVM looks after faults of its guest in the background, and waits for
+    /// them when the VM goes, in the kernel and in spite of any signal. A server that is gone or hangs would keep the process for ever.
+    ///
+    /// # Errors
+    /// [`Error::Uffd`]: the kernel refuses.
+    pub fn unregister(&self, mem: &GuestMem) -> Result<()> {
+        mem.regions().iter().try_for_each(|region| {
+            let (start, len) = (region.as_ptr().addr() as u64, region.len());
+            abi::unregister(self.as_fd(), start, len).map_err(failed("end the service of guest memory"))
+        })
+    }
+
     /// Takes a descriptor that was made elsewhere, such as one that was handed over. It must be non-blocking, and its interface
     /// agreed on.
     pub fn from_fd(fd: OwnedFd) -> Self {

@@ -34,9 +34,11 @@ pub enum Watch {
 ///
 /// When the server [ends](Self::watcher), pages that are missing never come. Threads that wait for one wait for ever then, in the
 /// kernel: the guest is lost. Its owner stops it, or ends the process if that does not stop.
+/// In any case the service is to be [ended](Self::end) between the stop of the machine and its drop.
 #[derive(Debug)]
 pub struct Served {
-    _uffd: Uffd,
+    uffd: Uffd,
+    memory: GuestMem,
     socket: UnixStream,
     /// The server's process, if that is watched.
     process: Option<OwnedFd>,
@@ -74,7 +76,7 @@ impl Stored {
             }));
         }
         send_handshake(&socket, &uffd, &regions)?;
-        Ok((memory, Served { _uffd: uffd, socket, process, beside }))
+        Ok((memory.clone(), Served { uffd, memory, socket, process, beside }))
     }
 
     /// Memory for what of the image is behind the RAM, from where it is copied when the devices are there that it belongs to.
@@ -121,6 +123,15 @@ impl Served {
             }
         }
         Ok(())
+    }
+
+    /// Ends the service. To be called when the machine has stopped, and before it is dropped: the VM may wait for pages until then, in the
+    /// kernel, and would do so for ever if the server was gone. Missing pages read as zeros from now on.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if the kernel refuses.
+    pub fn end(&self) -> Result<()> {
+        Ok(self.uffd.unregister(&self.memory)?)
     }
 
     /// What waits for the server's end, on a thread of its own: any thread that touches guest memory may be stuck then.
