@@ -78,8 +78,8 @@ impl Control {
         self.lock().state
     }
 
-    /// Runs `f` with the state of the vCPU, on the thread that drives it, and waits for the answer. The vCPU must be paused, and
-    /// driven by [`RunLoop::run`]: who drives it by [`RunLoop::step`] has [`RunLoop::vcpu_mut`].
+    /// Runs `f` with the state of the vCPU, on the thread that drives it, and waits for the answer. The vCPU must be paused (one
+    /// whose thread starts paused: it may not have begun), and driven by [`RunLoop::run`]: who drives it by [`RunLoop::step`] has [`RunLoop::vcpu_mut`].
     ///
     /// # Errors
     /// [`Error::NotPaused`] if it is not, or is let go meanwhile.
@@ -92,7 +92,8 @@ impl Control {
         let (answer, answered) = mpsc::sync_channel(1);
         {
             let mut inner = self.lock();
-            if inner.state != State::Paused {
+            let starts_paused = inner.state == State::Idle && self.request.load(Ordering::Relaxed) == PAUSE;
+            if inner.state != State::Paused && !starts_paused {
                 return Err(refused());
             }
             inner.jobs.push(Box::new(move |state| drop(answer.send(f(state)))));
@@ -184,6 +185,10 @@ impl Control {
             PAUSE => State::Paused,
             _ => State::Ended,
         };
+        if request == RUN {
+            // Asked of a vCPU that was let go before it began: whoever waits learns it.
+            state.jobs.clear();
+        }
         drop(state);
         self.changed.notify_all();
         request
