@@ -193,6 +193,10 @@ impl Control {
             PAUSE => State::Paused,
             _ => State::Ended,
         };
+        if request == RUN {
+            // Asked of a vCPU that was let go before it began: whoever waits learns it.
+            state.jobs.clear();
+        }
         drop(state);
         self.changed.notify_all();
         request

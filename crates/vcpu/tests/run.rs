@@ -207,6 +207,18 @@ fn a_thread_may_start_paused() {
 }
 
 #[test]
+fn the_state_of_a_vcpu_that_starts_paused_can_be_had_before_its_thread_has_begun() {
+    let (run_loop, _) = scripted(Script::new().out8(1, 1).shutdown());
+    let control = run_loop.control();
+    assert!(matches!(control.call(|vcpu| vcpu.regs()), Err(Error::NotPaused { index: 0 })));
+    control.request_pause();
+    let thread = spawn_vcpu(run_loop, |_, _| {}).unwrap();
+    control.call(|vcpu| vcpu.regs()).unwrap().unwrap();
+    control.resume();
+    assert_eq!(thread.join().unwrap().0.unwrap(), Outcome::Guest(StopReason::Shutdown));
+}
+
+#[test]
 fn a_panic_on_the_thread_is_an_error_and_nobody_waits_in_vain() {
     let (run_loop, _) = scripted(Script::new().call(|_| panic!("a defect, on purpose")));
     let thread = spawn_vcpu(run_loop, |_, _| {}).unwrap();
