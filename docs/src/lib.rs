@@ -8,6 +8,8 @@ pub mod getting_started {}
 pub mod storage {}
 #[doc = include_str!("../networking.md")]
 pub mod networking {}
+#[doc = include_str!("../lifecycle.md")]
+pub mod lifecycle {}
 #[doc = include_str!("../devices.md")]
 pub mod devices {}
 #[doc = include_str!("../performance.md")]

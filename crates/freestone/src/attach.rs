@@ -25,9 +25,9 @@ use crate::net::{self, Pump, Threads};
 /// The most disks: as many as there are letters. A transport may have less room.
 const MAX_DISKS: usize = 26;
 /// Virtio devices that a transport has room for: PCI has 32 device numbers, of which the host bridge has one; each device on
-/// MMIO has a line of the I/O APIC from 5 to 23.
+/// MMIO has a line of the I/O APIC from 5 to 23, of which the power button has one.
 const ROOM_ON_PCI: usize = 31;
-const ROOM_ON_MMIO: usize = 19;
+const ROOM_ON_MMIO: usize = 18;
 /// Queues of a disk if none are asked for: one for each vCPU, up to this.
 const DEFAULT_QUEUES: u32 = 4;
 

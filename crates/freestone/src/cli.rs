@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand};
 
+use crate::completions::Completions;
 use crate::control::Ctl;
 use crate::disk::DiskSpec;
 use crate::lifecycle::{ConsoleArgs, Fork, Logs, Many, Ps, Restore, Rm, Snapshot, StatsArgs, Stop};
@@ -84,6 +85,8 @@ pub(crate) enum Command {
     Console(ConsoleArgs),
     /// Show what a machine costs: exits, queues, memory, processor time.
     Stats(StatsArgs),
+    /// Show what all machines cost, as it happens: exits, queues, memory, processor time.
+    Top(crate::top::Top),
     /// Save machines to files, and describe, check and join what was saved.
     Snapshot(Snapshot),
     /// Run a machine that was saved.
@@ -98,6 +101,8 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Make, describe, check and convert disk images.
     Image(crate::image::Image),
+    /// Print what a shell needs to complete this command line.
+    Completions(Completions),
 }
 
 #[derive(Debug, Args)]
@@ -125,6 +130,11 @@ Exit status:
   2  wrong usage                      5  the guest crashed (triple fault, bad instruction)
                                     130  stopped by Ctrl-A x or a signal")]
 pub(crate) struct Run {
+    /// Take options from a TOML file, in front of those on the command line: `memory = "1G"`, `disk = ["root.img", "data.img,ro"]`,
+    /// `rng = true`. Relative paths in it begin at its folder.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
     /// Kernel to boot: an uncompressed ELF (vmlinux), a bzImage, or a PVH ELF. Without it, the built-in guest.
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,

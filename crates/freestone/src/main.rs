@@ -4,6 +4,8 @@
 mod api;
 mod attach;
 mod cli;
+mod completions;
+mod config_file;
 mod console;
 mod control;
 mod demo;
@@ -22,11 +24,13 @@ mod options;
 mod place;
 mod probe;
 mod run;
+mod say;
 mod signals;
 mod size;
 mod specs;
 mod stats;
 mod terminal;
+mod top;
 
 use std::io;
 use std::process::ExitCode;
@@ -35,9 +39,13 @@ use clap::Parser;
 use clap::error::ErrorKind;
 
 use crate::cli::{Cli, Command};
+use crate::failure::Failure;
 
 fn main() -> ExitCode {
-    let args: Vec<_> = std::env::args_os().collect();
+    let args = match config_file::arguments(std::env::args_os().collect()) {
+        Ok(args) => args,
+        Err(failure) => return told(&failure),
+    };
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
@@ -53,6 +61,7 @@ fn main() -> ExitCode {
         Command::Logs(args) => lifecycle::logs(&args),
         Command::Console(args) => lifecycle::console(&args),
         Command::Stats(args) => lifecycle::stats(&args),
+        Command::Top(args) => top::top(&args),
         Command::Snapshot(args) => lifecycle::snapshot(&args),
         Command::Restore(args) => lifecycle::restore(&args),
         Command::Fork(args) => lifecycle::fork(&args),
@@ -60,11 +69,14 @@ fn main() -> ExitCode {
         Command::Net(args) => control::net(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Image(args) => image::image(&args),
+        Command::Completions(args) => completions::completions(&args),
     });
-    outcome.unwrap_or_else(|failure| {
-        eprintln!("freestone: {failure}");
-        failure.exit_code()
-    })
+    outcome.unwrap_or_else(|failure| told(&failure))
+}
+
+fn told(failure: &Failure) -> ExitCode {
+    eprintln!("freestone: {failure}");
+    failure.exit_code()
 }
 
 /// Help goes to standard output in full, in colour if that is a terminal; an error is one line, with the value in it.

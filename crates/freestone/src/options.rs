@@ -97,6 +97,16 @@ impl Options {
     }
 }
 
+/// Changes values: `change` is told the number of an option, its key, and its value, or the whole of what has no key.
+pub(crate) fn map(text: &str, change: impl Fn(usize, Option<&str>, &str) -> Option<String>) -> String {
+    let changed = |(number, part): (usize, String)| {
+        let (key, value) = part.split_once('=').map_or((None, part.as_str()), |(k, v)| (Some(k), v));
+        let value = change(number, key, value).unwrap_or_else(|| value.to_owned()).replace(',', ",,");
+        key.map_or_else(|| value.clone(), |key| format!("{key}={value}"))
+    };
+    split(text).into_iter().enumerate().map(changed).collect::<Vec<_>>().join(",")
+}
+
 /// Splits at single commas.
 fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];

@@ -22,6 +22,7 @@ use crate::console::Console;
 use crate::failure::{FAILURE, Failure};
 use crate::hub::Hub;
 use crate::names::{Claim, Name, Note, Runtime};
+use crate::say;
 
 /// Names that are made up until one is free.
 const ATTEMPTS: u32 = 64;
@@ -81,7 +82,7 @@ impl Place {
     ) -> Result<ExitCode, Failure> {
         if args.detach && args.detached_as.is_none() {
             let name = spawn(args.name.as_ref(), std::env::args_os().skip(1).collect())?;
-            println!("{name}");
+            say::line(name)?;
             return Ok(ExitCode::SUCCESS);
         }
         let mut place = Self::take(args)?;

@@ -112,7 +112,8 @@ fn aside_in(folder: &Path) -> PathBuf {
 
 /// Creates a file with a lock that says that somebody is writing it. `None` if a sweep was quicker.
 fn create_locked(path: &Path) -> io::Result<Option<File>> {
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    // Read as well: who brings differences into a file computes checksums of what it has then.
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => return Ok(None),
         // Without locks nothing is swept either.

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::Target;
 use super::protocol::{Request, describe};
 use crate::failure::Failure;
-use crate::{disk, net, size};
+use crate::{disk, net, say, size};
 
 /// How long an answer may take.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -113,9 +113,9 @@ pub(crate) fn ctl(args: &Ctl) -> Result<ExitCode, Failure> {
     let request = args.what.request();
     let answer = ask(&args.target.socket()?, &request)?;
     if args.json {
-        println!("{answer}");
+        say::line(answer)?;
     } else {
-        println!("{}", describe(&request, &answer));
+        say::line(describe(&request, &answer))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -128,9 +128,9 @@ pub(crate) fn net(args: &net::Net) -> Result<ExitCode, Failure> {
 fn about_net(socket: &Path, json: bool, what: &net::What) -> Result<ExitCode, Failure> {
     let view = what.view(ask(socket, &what.request())?);
     if json {
-        println!("{view}");
+        say::line(view)?;
     } else {
-        println!("{}", what.describe(&view));
+        say::line(what.describe(&view))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -22,6 +22,9 @@ use crate::machine::{Commander, Kind, SnapshotRequest, Vm};
 /// The least time between two lines of progress.
 const INTERVAL: Duration = Duration::from_millis(100);
 
+/// State and memory of a template.
+type TemplateFiles = (File, Arc<File>);
+
 /// A machine as a whole, as the control socket reaches it.
 #[derive(Debug, Clone)]
 pub(crate) struct Life {
@@ -30,7 +33,7 @@ pub(crate) struct Life {
     started: Instant,
     doing: Arc<Mutex<Option<&'static str>>>,
     /// State and memory that children are forked from.
-    template: Arc<Mutex<Option<(File, Arc<File>)>>>,
+    template: Arc<Mutex<Option<TemplateFiles>>>,
 }
 
 impl Life {

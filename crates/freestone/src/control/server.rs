@@ -230,6 +230,8 @@ impl AsRawFd for EpollSource {
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
+        // Who asked for the end of the machine is told that it comes.
+        self.deliver();
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::debug!(%error, path = ?self.path, "the control socket was gone already");
         }

@@ -10,6 +10,7 @@ use super::process::Process;
 use crate::control::{Request, ask};
 use crate::failure::{FAILURE, Failure};
 use crate::names::{Entry, Life, Runtime};
+use crate::say;
 
 /// How long a machine that was told to end may take to write what it still has to its disks.
 const SHUTDOWN: Duration = Duration::from_secs(20);
@@ -39,7 +40,7 @@ pub(crate) fn stop(args: &Stop) -> Result<ExitCode, Failure> {
     }
     let limit = Duration::from_secs(args.timeout);
     let outcomes = asked.into_iter().map(|(name, stopping)| (name, stopping.and_then(|it| it.end(limit))));
-    Ok(tell(outcomes, args.machines.json))
+    tell(outcomes, args.machines.json)
 }
 
 /// A machine that was asked to end.
@@ -119,25 +120,28 @@ fn each(
 ) -> Result<ExitCode, Failure> {
     let outcomes =
         args.names.iter().map(|name| (name.as_str(), runtime.entry(name).and_then(|entry| what(&entry))));
-    Ok(tell(outcomes, args.json))
+    tell(outcomes, args.json)
 }
 
 /// Prints outcomes as they come; the exit status of all.
-fn tell<'a>(outcomes: impl Iterator<Item = (&'a str, Result<Value, Failure>)>, json: bool) -> ExitCode {
+fn tell<'a>(
+    outcomes: impl Iterator<Item = (&'a str, Result<Value, Failure>)>,
+    json: bool,
+) -> Result<ExitCode, Failure> {
     let mut status = 0;
     for (name, outcome) in outcomes {
         match outcome {
-            Ok(answer) if json => println!("{}", json!({ "name": name, "ok": answer })),
-            Ok(_) => println!("{name}"),
+            Ok(answer) if json => say::line(json!({ "name": name, "ok": answer }))?,
+            Ok(_) => say::line(name)?,
             Err(failure) => {
                 status = FAILURE;
                 if json {
-                    println!("{}", json!({ "name": name, "error": failure.to_string() }));
+                    say::line(json!({ "name": name, "error": failure.to_string() }))?;
                 } else {
                     eprintln!("freestone: {failure}");
                 }
             }
         }
     }
-    ExitCode::from(status)
+    Ok(ExitCode::from(status))
 }

@@ -34,7 +34,7 @@ pub(crate) struct Stop {
     pub(crate) machines: Many,
 
     /// Seconds that the guest has to power off; then the machine is ended. 0: at once.
-    #[arg(long, short = 't', value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, short = 't', value_name = "SECONDS", default_value_t = 10)]
     pub(crate) timeout: u64,
 }
 

@@ -10,7 +10,7 @@ use super::snapshot::hold;
 use crate::control::{Request, ask};
 use crate::failure::Failure;
 use crate::names::{Entry, Name, Runtime};
-use crate::place;
+use crate::{place, say};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -91,9 +91,9 @@ fn children(args: &Fork, entry: &Entry, template: &Value) -> Result<(), Failure>
         let name = place::spawn(Some(&name), arguments(args, template, &name, number)?)
             .map_err(|e| Failure::with_status(format!("child {name}: {e}"), e.status()))?;
         if args.json {
-            println!("{}", json!({ "name": name.as_str() }));
+            say::line(json!({ "name": name.as_str() }))?;
         } else {
-            println!("{name}");
+            say::line(name)?;
         }
     }
     Ok(())

@@ -9,7 +9,7 @@ use super::args::Ps;
 use crate::control::{Request, ask_with};
 use crate::failure::Failure;
 use crate::names::{Entry, Life, Runtime};
-use crate::size;
+use crate::{say, size};
 
 /// How long a machine may take to tell what it does.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -19,17 +19,17 @@ pub(crate) fn ps(args: &Ps) -> Result<ExitCode, Failure> {
     let entries = Runtime::find().entries()?;
     let rows: Vec<_> = entries.iter().map(row).filter(|row| args.all || !row["pid"].is_null()).collect();
     if args.json {
-        println!("{}", Value::Array(rows));
+        say::line(Value::Array(rows))?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut table = vec![["NAME", "STATE", "PID", "VCPUS", "MEMORY", "UPTIME", "PORTS"].map(str::to_owned)];
     table.extend(rows.iter().map(cells));
-    print!("{}", aligned(&table));
+    say::print(aligned(&table))?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// What a list tells of a machine.
-pub(super) fn row(entry: &Entry) -> Value {
+pub(crate) fn row(entry: &Entry) -> Value {
     let note = entry.note();
     let mut row = json!({
         "name": entry.name.as_str(),
@@ -99,7 +99,7 @@ fn cells(row: &Value) -> [String; 7] {
 }
 
 /// Columns as wide as their widest cell.
-pub(super) fn aligned<const N: usize>(table: &[[String; N]]) -> String {
+pub(crate) fn aligned<const N: usize>(table: &[[String; N]]) -> String {
     let mut widths = [0; N];
     for row in table {
         for (width, cell) in widths.iter_mut().zip(row) {

@@ -17,9 +17,11 @@ mod terminal;
 pub(crate) use act::{kill, pause, resume, rm, stop};
 pub(crate) use args::{ConsoleArgs, Logs, Many, Ps, Rm, StatsArgs, Stop};
 pub(crate) use fork::{Fork, fork};
-pub(crate) use list::ps;
+pub(crate) use list::{aligned, ps, row};
 pub(crate) use logs::logs;
 pub(crate) use restore::{Restore, restore};
 pub(crate) use snapshot::{Snapshot, snapshot};
-pub(crate) use stats::stats;
+pub(crate) use stats::{
+    ExitRate, QueueRate, Rates, Sample, bytes as stats_bytes, nanos as stats_nanos, stats,
+};
 pub(crate) use terminal::console;

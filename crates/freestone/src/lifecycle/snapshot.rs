@@ -17,7 +17,7 @@ use super::process::Process;
 use crate::control::{Request, ask, ask_with};
 use crate::failure::Failure;
 use crate::names::{Entry, Runtime};
-use crate::size;
+use crate::{say, size};
 
 /// How long nothing may be heard of a snapshot that is being written. Syncing a file to a slow disk takes its time.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -106,34 +106,30 @@ pub(crate) fn snapshot(args: &Snapshot) -> Result<ExitCode, Failure> {
             let bytes = |key: &str| size::display(report.get(key).and_then(Value::as_u64).unwrap_or(0));
             let text =
                 format!("{}: {} of {} written", create.dir.display(), bytes("written"), bytes("memory"));
-            say(args.json, &report, &text);
+            tell(args.json, &report, &text)?;
         }
         What::Info { dirs } => {
             for dir in dirs {
                 let (value, text) = info(dir)?;
-                say(args.json, &value, &text);
+                tell(args.json, &value, &text)?;
             }
         }
         What::Verify { dirs } => {
             for dir in dirs {
                 verify(dir)?;
-                say(args.json, &json!({ "dir": dir, "ok": true }), &format!("{}: whole", dir.display()));
+                tell(args.json, &json!({ "dir": dir, "ok": true }), &format!("{}: whole", dir.display()))?;
             }
         }
         What::Rebase { base, diffs, output } => {
             let target = rebase(base, diffs, output.as_deref())?;
-            say(args.json, &json!({ "dir": target }), &format!("{}: rebased", target.display()));
+            tell(args.json, &json!({ "dir": target }), &format!("{}: rebased", target.display()))?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn say(json: bool, value: &Value, text: &str) {
-    if json {
-        println!("{value}");
-    } else {
-        println!("{text}");
-    }
+fn tell(json: bool, value: &Value, text: &str) -> Result<(), Failure> {
+    if json { say::line(value) } else { say::line(text) }
 }
 
 impl Create {

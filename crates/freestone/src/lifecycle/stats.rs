@@ -13,19 +13,19 @@ use super::process::{self, Memory, Thread};
 use crate::control::{Request, ask_with};
 use crate::failure::Failure;
 use crate::names::{Entry, Runtime};
-use crate::size;
+use crate::{say, size};
 
 /// How long a machine may take to answer.
 const LIMIT: Duration = Duration::from_secs(2);
 
 /// What a machine counted up to a moment.
 #[derive(Debug, Clone)]
-pub(super) struct Sample {
+pub(crate) struct Sample {
     at: Instant,
     /// Exits by reason, of all vCPUs.
     exits: Vec<Exit>,
-    pub(super) queues: Vec<Queue>,
-    pub(super) memory: Memory,
+    pub(crate) queues: Vec<Queue>,
+    pub(crate) memory: Memory,
     threads: Vec<Thread>,
 }
 
@@ -38,59 +38,59 @@ struct Exit {
 
 /// A queue of a device.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct Queue {
-    pub(super) device: String,
-    pub(super) queue: usize,
-    pub(super) requests: u64,
-    pub(super) bytes: u64,
-    pub(super) queued_p50_ns: u64,
-    pub(super) queued_p99_ns: u64,
-    pub(super) processing_p50_ns: u64,
-    pub(super) processing_p99_ns: u64,
+pub(crate) struct Queue {
+    pub(crate) device: String,
+    pub(crate) queue: usize,
+    pub(crate) requests: u64,
+    pub(crate) bytes: u64,
+    pub(crate) queued_p50_ns: u64,
+    pub(crate) queued_p99_ns: u64,
+    pub(crate) processing_p50_ns: u64,
+    pub(crate) processing_p99_ns: u64,
 }
 
 /// What happened between two samples, or up to one.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct Rates {
+pub(crate) struct Rates {
     /// Seconds between the samples; none: counted from the machine's start.
-    pub(super) seconds: Option<f64>,
-    pub(super) exits: Vec<ExitRate>,
-    pub(super) queues: Vec<QueueRate>,
-    pub(super) memory: Memory,
-    pub(super) threads: Vec<ThreadRate>,
+    pub(crate) seconds: Option<f64>,
+    pub(crate) exits: Vec<ExitRate>,
+    pub(crate) queues: Vec<QueueRate>,
+    pub(crate) memory: Memory,
+    pub(crate) threads: Vec<ThreadRate>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct ExitRate {
-    pub(super) reason: String,
+pub(crate) struct ExitRate {
+    pub(crate) reason: String,
     /// In all.
-    pub(super) count: u64,
+    pub(crate) count: u64,
     /// In a second.
-    pub(super) rate: f64,
-    pub(super) handling_p50_ns: u64,
+    pub(crate) rate: f64,
+    pub(crate) handling_p50_ns: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct QueueRate {
+pub(crate) struct QueueRate {
     #[serde(flatten)]
-    pub(super) queue: Queue,
+    pub(crate) queue: Queue,
     /// Requests in a second.
-    pub(super) rate: f64,
+    pub(crate) rate: f64,
     /// Bytes in a second.
-    pub(super) byte_rate: f64,
+    pub(crate) byte_rate: f64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct ThreadRate {
+pub(crate) struct ThreadRate {
     #[serde(flatten)]
-    pub(super) thread: Thread,
+    pub(crate) thread: Thread,
     /// Of one processor, in percent.
-    pub(super) cpu_percent: f64,
+    pub(crate) cpu_percent: f64,
 }
 
 impl Sample {
     /// Asks a machine and the host.
-    pub(super) fn take(entry: &Entry) -> Result<Self, Failure> {
+    pub(crate) fn take(entry: &Entry) -> Result<Self, Failure> {
         let pid = entry.pid()?;
         let ask = |request| ask_with(&entry.control(), &request, LIMIT, |_, _| {});
         Ok(Self {
@@ -103,7 +103,7 @@ impl Sample {
     }
 
     /// What happened since `before`.
-    pub(super) fn since(&self, before: Option<&Self>) -> Rates {
+    pub(crate) fn since(&self, before: Option<&Self>) -> Rates {
         let seconds = before.map(|before| self.at.duration_since(before.at).as_secs_f64());
         let rate = |now: u64, then: Option<u64>| match seconds {
             Some(seconds) if seconds > 0.0 => approximate(now.saturating_sub(then.unwrap_or(0))) / seconds,
@@ -139,12 +139,27 @@ impl Sample {
 
 impl Rates {
     /// Exits of all reasons in a second.
-    pub(super) fn exit_rate(&self) -> f64 {
+    pub(crate) fn exit_rate(&self) -> f64 {
         self.exits.iter().map(|exit| exit.rate).sum()
     }
 
+    /// Requests of all queues in a second.
+    pub(crate) fn request_rate(&self) -> f64 {
+        self.queues.iter().map(|queue| queue.rate).sum()
+    }
+
+    /// Bytes of all queues in a second.
+    pub(crate) fn byte_rate(&self) -> f64 {
+        self.queues.iter().map(|queue| queue.byte_rate).sum()
+    }
+
+    /// Its share of the host's memory, in bytes.
+    pub(crate) fn memory_share(&self) -> f64 {
+        approximate(self.memory.pss)
+    }
+
     /// Processor time of all threads, in percent of one processor.
-    pub(super) fn cpu_percent(&self) -> f64 {
+    pub(crate) fn cpu_percent(&self) -> f64 {
         self.threads.iter().map(|thread| thread.cpu_percent).sum()
     }
 }
@@ -163,7 +178,7 @@ fn exits(answer: &Value) -> Vec<Exit> {
             None => exits.push(Exit { reason: reason.to_owned(), count, handling_p50_ns: p50 }),
         }
     }
-    exits.sort_by(|a, b| b.count.cmp(&a.count));
+    exits.sort_by_key(|exit| std::cmp::Reverse(exit.count));
     exits
 }
 
@@ -207,15 +222,15 @@ pub(crate) fn stats(args: &StatsArgs) -> Result<ExitCode, Failure> {
         Sample::take(&entry)?.since(Some(&first))
     };
     if args.json {
-        println!("{}", serde_json::to_string(&rates)?);
+        say::line(serde_json::to_string(&rates)?)?;
     } else {
-        print!("{}", describe(&rates));
+        say::print(describe(&rates))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Tables for people.
-pub(super) fn describe(rates: &Rates) -> String {
+pub(crate) fn describe(rates: &Rates) -> String {
     let mut text = format!(
         "memory: {} resident, {} its share\n",
         size::display(rates.memory.rss),
@@ -252,7 +267,7 @@ pub(super) fn describe(rates: &Rates) -> String {
 }
 
 /// Nanoseconds for people.
-pub(super) fn nanos(nanos: u64) -> String {
+pub(crate) fn nanos(nanos: u64) -> String {
     match nanos {
         0 => "-".to_owned(),
         nanos => format!("{:.1?}", Duration::from_nanos(nanos)),
@@ -260,7 +275,7 @@ pub(super) fn nanos(nanos: u64) -> String {
 }
 
 /// Bytes in a second for people.
-pub(super) fn bytes(rate: f64) -> String {
+pub(crate) fn bytes(rate: f64) -> String {
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,

@@ -8,7 +8,9 @@ use std::sync::mpsc::{Receiver, channel};
 
 use freestone_kvm::Kvm;
 use freestone_vmm::bus::{self, Task};
-use freestone_vmm::devices::{I8042Plug, PciRootPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug};
+use freestone_vmm::devices::{
+    I8042Plug, PciRootPlug, PowerButton, PowerButtonPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug,
+};
 use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
 use freestone_vmm::snapshot::Sections;
@@ -63,6 +65,7 @@ pub(crate) struct Vm {
     cpus: u32,
     /// Whether writes are to be logged, for differences.
     pub(super) tracks: bool,
+    button: PowerButton,
     jobs: Receiver<Job>,
     commander: Commander,
 }
@@ -97,6 +100,10 @@ impl Vm {
         for plug in attached.plugs {
             builder = builder.device(plug);
         }
+        // Last, so that it takes no interrupt line that a virtio device had without it.
+        let button = PowerButtonPlug::new();
+        let handle = button.handle();
+        builder = builder.device(button);
         let machine = match (origin, payload) {
             (Origin::Restore { sections, memory, clock }, _) => {
                 builder.memory(memory).restore(sections, clock)?
@@ -119,6 +126,7 @@ impl Vm {
             config,
             cpus: run.cpus,
             tracks: run.track_dirty,
+            button: handle,
             jobs,
             commander,
         })
@@ -155,7 +163,15 @@ impl Vm {
 
     /// Asks the guest to power off, if the machine has a power button; whether it could.
     pub(crate) fn ask_to_power_off(&mut self) -> bool {
-        false
+        // A guest that stands still cannot do what it is asked to.
+        if self.machine.state() != State::Running {
+            return false;
+        }
+        let pressed = self.button.press();
+        if let Err(error) = &pressed {
+            tracing::warn!(%error, "the guest is not asked to power off");
+        }
+        pressed.is_ok()
     }
 
     /// What the machine is doing.

@@ -3,7 +3,8 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
@@ -18,7 +19,7 @@ use crate::failure::Failure;
 /// The file that is locked.
 const LOCK: &str = "lock";
 /// Sockets in the folder.
-pub(super) const SOCKETS: [&str; 2] = ["control", "console"];
+const SOCKETS: [&str; 2] = ["control", "console"];
 /// How often the lock is tried: whoever lists machines holds it for a moment.
 const TRIES: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(5);
@@ -93,8 +94,19 @@ impl Claim {
 
     /// Removes what a machine of that name left, and has the folder go when this is dropped.
     pub(crate) fn begin(&mut self) -> Result<(), Failure> {
+        self.remove_sockets();
         self.keep = false;
         self.empty().map_err(|e| Failure::new(format!("cannot empty {}: {e}", self.folder.display())))
+    }
+
+    /// Removes the sockets that a VMM which was killed left behind, here and elsewhere.
+    pub(super) fn remove_sockets(&self) {
+        let noted: Option<Note> = note::read(&self.file("config.json"));
+        let outside = noted.map(|note| note.sockets).unwrap_or_default();
+        let inside = SOCKETS.iter().map(|name| self.file(name));
+        for path in outside.into_iter().map(PathBuf::from).chain(inside) {
+            remove_socket(&path);
+        }
     }
 
     /// The name.
@@ -164,4 +176,16 @@ fn open_lock(folder: &Path) -> std::io::Result<File> {
 fn is_at(lock: &File, folder: &Path) -> bool {
     let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
     matches!((lock.metadata(), fs::symlink_metadata(folder.join(LOCK))), (Ok(a), Ok(b)) if same(&a, &b))
+}
+
+/// Removes a socket that nobody listens at.
+fn remove_socket(path: &Path) {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    let refused = |e: std::io::Error| e.kind() == ErrorKind::ConnectionRefused;
+    if is_socket
+        && UnixStream::connect(path).is_err_and(refused)
+        && let Err(error) = fs::remove_file(path)
+    {
+        tracing::debug!(%error, ?path, "a socket stays behind");
+    }
 }

@@ -16,6 +16,6 @@ mod note;
 mod runtime;
 
 pub(crate) use claim::Claim;
-pub(crate) use name::Name;
+pub(crate) use name::{Name, suggestion};
 pub(crate) use note::Note;
 pub(crate) use runtime::{Entry, Life, Runtime};

@@ -2,15 +2,14 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{ErrorKind, Read};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, geteuid};
 
-use super::claim::{self, Claim};
+use super::claim::Claim;
 use super::name::{Name, suggestion};
 use super::note::{self, EndNote, Note};
 use crate::failure::Failure;
@@ -195,7 +194,7 @@ impl Entry {
     /// Removes what a VMM that was killed leaves behind but for what it wrote, so that nobody waits at its sockets.
     pub(crate) fn clean(&self) -> Result<(), Failure> {
         let claim = Claim::take(&self.name, self.folder.clone())?;
-        self.remove_sockets();
+        claim.remove_sockets();
         claim.end("killed".to_owned(), 128 + 9)?;
         claim.leave();
         Ok(())
@@ -203,28 +202,6 @@ impl Entry {
 
     /// Removes the machine's folder and sockets. It must not run.
     pub(crate) fn remove(&self) -> Result<(), Failure> {
-        let mut claim = Claim::take(&self.name, self.folder.clone())?;
-        self.remove_sockets();
-        claim.begin()
-    }
-
-    fn remove_sockets(&self) {
-        let outside = self.note().map(|note| note.sockets).unwrap_or_default();
-        let inside = claim::SOCKETS.iter().map(|name| self.file(name));
-        for path in outside.into_iter().map(PathBuf::from).chain(inside) {
-            remove_socket(&path);
-        }
-    }
-}
-
-/// Removes a socket that nobody listens at.
-fn remove_socket(path: &Path) {
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    let refused = |e: std::io::Error| e.kind() == ErrorKind::ConnectionRefused;
-    if is_socket
-        && UnixStream::connect(path).is_err_and(refused)
-        && let Err(error) = fs::remove_file(path)
-    {
-        tracing::debug!(%error, ?path, "a socket stays behind");
+        Claim::take(&self.name, self.folder.clone())?.begin()
     }
 }
