@@ -10,6 +10,8 @@ pub mod storage {}
 pub mod networking {}
 #[doc = include_str!("../lifecycle.md")]
 pub mod lifecycle {}
+#[doc = include_str!("../api.md")]
+pub mod api {}
 #[doc = include_str!("../devices.md")]
 pub mod devices {}
 #[doc = include_str!("../performance.md")]

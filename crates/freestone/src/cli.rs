@@ -103,6 +103,8 @@ pub(crate) enum Command {
     Image(crate::image::Image),
     /// Print what a shell needs to complete this command line.
     Completions(Completions),
+    /// Serve Firecracker's API, by Firecracker's own command line.
+    Firecracker(Box<crate::firecracker::Firecracker>),
 }
 
 #[derive(Debug, Args)]

@@ -13,6 +13,7 @@ mod disk;
 mod doctor;
 mod failure;
 mod files;
+mod firecracker;
 mod hub;
 mod image;
 mod lifecycle;
@@ -42,6 +43,9 @@ use crate::cli::{Cli, Command};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
+    if firecracker::is_called() {
+        return firecracker::alone();
+    }
     let args = match config_file::arguments(std::env::args_os().collect()) {
         Ok(args) => args,
         Err(failure) => return told(&failure),
@@ -70,6 +74,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Image(args) => image::image(&args),
         Command::Completions(args) => completions::completions(&args),
+        Command::Firecracker(args) => firecracker::firecracker(&args),
     });
     outcome.unwrap_or_else(|failure| told(&failure))
 }

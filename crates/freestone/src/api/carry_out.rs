@@ -398,14 +398,14 @@ impl Controller {
         Err(Fault::bad_request("The balloon's free page hinting is not enabled."))
     }
 
-    pub(super) fn set_logger(&mut self, logger: model::Logger) -> Result<(), Fault> {
+    pub(crate) fn set_logger(&mut self, logger: model::Logger) -> Result<(), Fault> {
         crate::log::configure(&super::logger::settings(&logger, &self.instance.id))
             .map_err(|error| Fault::bad_request(format!("log_path: cannot open it: {error}")))?;
         self.vm.logger = Some(logger);
         Ok(())
     }
 
-    pub(super) fn set_metrics(&mut self, metrics: model::Metrics) -> Result<(), Fault> {
+    pub(crate) fn set_metrics(&mut self, metrics: model::Metrics) -> Result<(), Fault> {
         if self.vm.metrics.is_some() {
             return Err(Fault::bad_request("The metrics system is initialized already."));
         }

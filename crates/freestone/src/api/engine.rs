@@ -107,7 +107,9 @@ pub(crate) struct DriveChange {
 }
 
 /// Takes the answer to one request. Dropped without one, it answers that the machine is gone.
-pub(crate) struct Done<T>(Option<Box<dyn FnOnce(Result<T, Fault>) + Send>>);
+pub(crate) struct Done<T>(Option<Then<T>>);
+
+type Then<T> = Box<dyn FnOnce(Result<T, Fault>) + Send>;
 
 impl<T> Done<T> {
     /// Gives the answer to `then`.

@@ -203,7 +203,7 @@ impl Response {
         if self.status != Status::NoContent {
             let length = self.body.len();
             // Writing to a string does not fail.
-            drop(write!(head, "Content-Type: application/json\r\nContent-Length: {length}\r\n"));
+            let _ = write!(head, "Content-Type: application/json\r\nContent-Length: {length}\r\n");
         }
         head.push_str("\r\n");
         out.extend_from_slice(head.as_bytes());

@@ -75,12 +75,12 @@ impl Mailbox {
             messages.queue.push_back(message);
         }
         // It fails only if the counter is full: then it is readable already.
-        drop(rustix::io::write(&self.wake, &1_u64.to_ne_bytes()));
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
     /// All there is, and how many events there was no room for.
     pub(crate) fn take(&self) -> (VecDeque<Message>, u64) {
-        drop(rustix::io::read(&self.wake, &mut [0; 8]));
+        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         let mut messages = self.lock();
         messages.events = 0;
         (std::mem::take(&mut messages.queue), std::mem::take(&mut messages.dropped))
@@ -116,11 +116,6 @@ impl Notifier {
     /// The machine ended, with this exit status of the process. The API ends too.
     pub(crate) fn ended(&self, status: u8, reason: impl Into<String>) {
         self.0.send(Message::Ended(status, reason.into()));
-    }
-
-    /// Ends the machine, and the API.
-    pub(crate) fn stop(&self) {
-        self.0.send(Message::Stop);
     }
 }
 

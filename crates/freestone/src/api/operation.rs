@@ -13,7 +13,6 @@ use super::model::{
 
 /// What a request asks.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "one exists at a time for each request")]
 pub(crate) enum Operation {
     DescribeInstance,
     GetVersion,

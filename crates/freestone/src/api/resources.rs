@@ -92,13 +92,13 @@ impl VmResources {
         if !(1..=MAX_CPUS).contains(&vcpu_count) {
             return bad(format!("vcpu_count: {vcpu_count} is not a number from 1 to {MAX_CPUS}."));
         }
-        if smt && vcpu_count > 1 && vcpu_count % 2 != 0 {
+        if smt && vcpu_count > 1 && !vcpu_count.is_multiple_of(2) {
             return bad(format!("vcpu_count: with smt {vcpu_count} has to be 1 or an even number."));
         }
         if mem_size_mib == 0 || mem_size_mib.checked_mul(1 << 20).is_none() {
             return bad(format!("mem_size_mib: {mem_size_mib} is not a size of memory."));
         }
-        if huge_pages == HugePages::Size2M && mem_size_mib % 2 != 0 {
+        if huge_pages == HugePages::Size2M && !mem_size_mib.is_multiple_of(2) {
             return bad(format!(
                 "mem_size_mib: {mem_size_mib} is not a multiple of the huge pages of 2 MiB."
             ));
@@ -249,10 +249,10 @@ impl VmResources {
         if block < MIN_BLOCK || !block.is_power_of_two() {
             return bad(format!("block_size_mib: {block} is not a power of two from {MIN_BLOCK}."));
         }
-        if slot < MIN_SLOT || slot % block != 0 {
+        if slot < MIN_SLOT || !slot.is_multiple_of(block) {
             return bad(format!("slot_size_mib: {slot} is not a multiple of {block} from {MIN_SLOT}."));
         }
-        if total < slot || total % slot != 0 {
+        if total < slot || !total.is_multiple_of(slot) {
             return bad(format!("total_size_mib: {total} is not a multiple of {slot}."));
         }
         self.memory_hotplug = Some(memory);
@@ -264,7 +264,7 @@ impl VmResources {
         let Some(memory) = self.memory_hotplug else {
             return bad("There is no hotpluggable memory.");
         };
-        if mib > memory.total_size_mib || mib % memory.block_size_mib != 0 {
+        if mib > memory.total_size_mib || !mib.is_multiple_of(memory.block_size_mib) {
             let MemoryHotplug { total_size_mib: total, block_size_mib: block, .. } = memory;
             return bad(format!("requested_size_mib: {mib} is not a multiple of {block} up to {total}."));
         }

@@ -304,7 +304,7 @@ impl Server {
 
     fn stop(&mut self) {
         if let Some(signal) = self.signal.take() {
-            drop(epoll::delete(&self.epoll, &signal));
+            let _ = epoll::delete(&self.epoll, &signal);
             tracing::info!("stopped by a signal");
         }
         self.mailbox.send(Message::Stop);

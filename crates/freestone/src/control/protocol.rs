@@ -202,7 +202,8 @@ impl Controls {
         })
     }
 
-    fn stats(&self) -> Value {
+    /// What the devices counted.
+    pub(crate) fn stats(&self) -> Value {
         let devices: Vec<_> = self.stats.iter().map(device).collect();
         json!({ "devices": devices, "entropy_bytes": self.rng.as_ref().map(RngHandle::bytes) })
     }

@@ -92,16 +92,16 @@ impl Lead {
         let metadata = event.metadata();
         let mut line = String::new();
         // Writing to a string does not fail; a clock before 1970 does, and is left out.
-        drop(SystemTime.format_time(&mut Writer::new(&mut line)));
+        let _ = SystemTime.format_time(&mut Writer::new(&mut line));
         let thread = std::thread::current();
-        drop(write!(line, " [{}:{}", self.id, thread.name().unwrap_or("-")));
+        let _ = write!(line, " [{}:{}", self.id, thread.name().unwrap_or("-"));
         if self.show_level {
             line.push(':');
             line.push_str(level(*metadata.level()));
         }
         if self.show_origin {
             let file = metadata.file().unwrap_or("-");
-            drop(write!(line, ":{file}:{}", metadata.line().unwrap_or(0)));
+            let _ = write!(line, ":{file}:{}", metadata.line().unwrap_or(0));
         }
         line.push(']');
         event.record(&mut Fields(&mut line));
@@ -129,6 +129,6 @@ impl Visit for Fields<'_> {
             "message" => write!(self.0, " {value:?}"),
             name => write!(self.0, " {name}={value:?}"),
         };
-        drop(written);
+        let _ = written;
     }
 }

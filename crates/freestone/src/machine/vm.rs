@@ -9,7 +9,8 @@ use std::sync::mpsc::{Receiver, channel};
 use freestone_kvm::Kvm;
 use freestone_vmm::bus::{self, Task};
 use freestone_vmm::devices::{
-    I8042Plug, PciRootPlug, PowerButton, PowerButtonPlug, PowerPlug, ProgressPlug, PvPanicPlug, RtcPlug,
+    I8042Handle, I8042Plug, PciRootPlug, PowerButton, PowerButtonPlug, PowerPlug, ProgressPlug, PvPanicPlug,
+    RtcPlug,
 };
 use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
@@ -61,6 +62,8 @@ pub(crate) struct Vm {
     pub(crate) controls: Arc<Controls>,
     /// The virtio console, if there is one.
     pub(crate) console: Option<ConsoleHandle>,
+    /// By which the guest is asked to shut down.
+    pub(crate) keys: I8042Handle,
     config: Config,
     cpus: u32,
     /// Whether writes are to be logged, for differences.
@@ -88,9 +91,11 @@ impl Vm {
         if run.console == ConsoleKind::Serial {
             builder = builder.device(console.serial()?);
         }
+        let keyboard = I8042Plug::new().keyboard();
+        let keys = keyboard.handle();
         builder = builder
             .device(PowerPlug::new())
-            .device(I8042Plug::new())
+            .device(keyboard)
             .device(RtcPlug::new())
             .device(PvPanicPlug::new())
             .device(ProgressPlug::new());
@@ -123,6 +128,7 @@ impl Vm {
             machine,
             controls: Arc::new(attached.controls),
             console: attached.console,
+            keys,
             config,
             cpus: run.cpus,
             tracks: run.track_dirty,

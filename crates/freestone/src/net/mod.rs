@@ -13,4 +13,4 @@ pub(crate) use attach::{Pump, Threads, attach, check, count};
 pub(crate) use command::{Net, What};
 pub(crate) use control::Nics;
 pub(crate) use host::{Host, look};
-pub(crate) use spec::NetSpec;
+pub(crate) use spec::{Kind, NetSpec, TapSpec};

@@ -67,7 +67,6 @@ pub(crate) struct BalloonHinting {
 
 /// What is known of the balloon: what the guest never told is left out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[expect(missing_docs, reason = "named by the statistics of virtio 1.2, 5.5.6.3")]
 pub(crate) struct BalloonStats {
     /// Pages of 4 KiB.
     pub(crate) target_pages: u32,

@@ -43,7 +43,6 @@ pub(crate) struct CpuidRegister {
 /// A register of CPUID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[expect(missing_docs, reason = "registers")]
 pub(crate) enum Register {
     Eax,
     Ebx,

@@ -40,7 +40,6 @@ impl Default for MachineConfig {
 /// What changes of a [`MachineConfig`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-#[expect(missing_docs, reason = "the fields of MachineConfig")]
 pub(crate) struct MachineUpdate {
     pub(crate) vcpu_count: Option<u8>,
     pub(crate) mem_size_mib: Option<u64>,
@@ -52,7 +51,6 @@ pub(crate) struct MachineUpdate {
 
 /// A CPU of an instance type.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "names of instance types")]
 pub(crate) enum CpuTemplate {
     C3,
     T2,

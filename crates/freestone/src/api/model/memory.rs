@@ -34,7 +34,6 @@ pub(crate) struct MemoryHotplugUpdate {
 
 /// How far plugging is, all in MiB.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[expect(missing_docs, reason = "the fields of MemoryHotplug")]
 pub(crate) struct MemoryHotplugStatus {
     pub(crate) total_size_mib: u32,
     pub(crate) slot_size_mib: u32,

@@ -20,18 +20,15 @@ pub(crate) use balloon::{
 };
 pub(crate) use boot::BootSource;
 pub(crate) use cpu::CpuConfig;
-pub(crate) use drive::{CacheType, Drive, DriveUpdate, IoEngine, Pmem, PmemUpdate};
+pub(crate) use drive::{Drive, DriveUpdate, IoEngine, Pmem, PmemUpdate};
 pub(crate) use freestone::{Fork, Forked, Forward, Forwards};
 pub(crate) use instance::{Action, ActionType, InstanceInfo, Version, VmState, VmUpdate, WantedState};
 pub(crate) use machine::{CpuTemplate, HugePages, MachineConfig, MachineUpdate};
 pub(crate) use memory::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};
-pub(crate) use mmds::{MmdsConfig, MmdsVersion};
+pub(crate) use mmds::MmdsConfig;
 pub(crate) use net::{NetworkInterface, NetworkUpdate, Vsock};
 pub(crate) use rate::{RateLimiter, TokenBucket};
-pub(crate) use snapshot::{
-    BackendType, MemoryBackend, NetworkOverride, RestorePages, SnapshotCreate, SnapshotLoad, SnapshotType,
-    VsockOverride,
-};
+pub(crate) use snapshot::{BackendType, NetworkOverride, SnapshotCreate, SnapshotLoad, SnapshotType};
 pub(crate) use system::{Entropy, Level, Logger, Metrics, Serial};
 
 use serde::de::DeserializeOwned;

@@ -44,7 +44,6 @@ pub(crate) struct Logger {
 
 /// How much a line of the log matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[expect(missing_docs, reason = "names of levels")]
 pub(crate) enum Level {
     Off,
     Error,

@@ -4,6 +4,7 @@ mod fake;
 mod hostile;
 mod life;
 mod operations;
+mod table;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
