@@ -80,7 +80,8 @@ fn overlays_of_a_shared_image_see_what_was_written_to_it() {
     create(&base, &CreateOptions::new(ImageFormat::Qcow2, 1 << 20)).unwrap();
     let memory = freestone_memory::GuestMem::anonymous(4096).unwrap();
     let view = memory.view();
-    let page = freestone_memory::GuestMemoryBackend::get_slice(&*view, freestone_memory::GuestAddress(0), 4096);
+    let page =
+        freestone_memory::GuestMemoryBackend::get_slice(&*view, freestone_memory::GuestAddress(0), 4096);
     let page = page.unwrap();
     page.copy_from(&[7_u8; 4096]);
     let image = Qcow2Options::new().open(&base).unwrap();

@@ -69,6 +69,8 @@ fn main() -> ExitCode {
         Command::Snapshot(args) => lifecycle::snapshot(&args),
         Command::Restore(args) => lifecycle::restore(&args),
         Command::Fork(args) => lifecycle::fork(&args),
+        Command::Migrate(args) => lifecycle::migrate(&args),
+        Command::Receive(args) => lifecycle::receive(&args),
         Command::Ctl(args) => control::ctl(&args),
         Command::Net(args) => control::net(&args),
         Command::Doctor(args) => doctor::doctor(&args),

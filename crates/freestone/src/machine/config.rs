@@ -58,6 +58,36 @@ impl Config {
         }
     }
 
+    /// The values of an option that may be repeated, in their order.
+    pub(crate) fn values(&self, option: &str) -> Vec<&str> {
+        self.places(option).into_iter().filter_map(|(at, skip)| self.args.get(at)?.get(skip..)).collect()
+    }
+
+    /// Puts `value` in the place of value number `number` of an option.
+    pub(crate) fn replace(&mut self, option: &str, number: usize, value: &str) {
+        let place = self.places(option).get(number).copied();
+        if let Some((at, skip)) = place
+            && let Some(arg) = self.args.get_mut(at)
+        {
+            arg.truncate(skip);
+            arg.push_str(value);
+        }
+    }
+
+    /// In which arguments the values of an option are, and from which byte on.
+    fn places(&self, option: &str) -> Vec<(usize, usize)> {
+        let mut places = Vec::new();
+        let mut args = self.args.iter().enumerate();
+        while let Some((at, arg)) = args.next() {
+            if arg == option {
+                places.extend(args.next().map(|(at, _)| (at, 0)));
+            } else if arg.strip_prefix(option).is_some_and(|rest| rest.starts_with('=')) {
+                places.push((at, option.len() + 1));
+            }
+        }
+        places
+    }
+
     /// The arguments.
     pub(crate) fn args(&self) -> &[String] {
         &self.args
@@ -116,5 +146,22 @@ impl TryFrom<ConfigSection> for Config {
             )));
         }
         Ok(Self { args: section.args, folder: section.folder.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_of_an_option_are_found_and_replaced_in_both_forms() {
+        let args = ["--disk", "a", "--disk=b,ro", "--cpus", "2", "--disks=x"].map(str::to_owned).to_vec();
+        let mut config = Config::new(args, "/".into());
+        assert_eq!(config.values("--disk"), ["a", "b,ro"]);
+        config.replace("--disk", 1, "c");
+        config.replace("--disk", 0, "path=d");
+        config.replace("--disk", 2, "nothing");
+        assert_eq!(config.values("--disk"), ["path=d", "c"]);
+        assert_eq!(config.args()[2..], ["--disk=c", "--cpus", "2", "--disks=x"]);
     }
 }

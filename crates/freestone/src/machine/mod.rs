@@ -7,12 +7,16 @@
 
 mod command;
 mod config;
+mod fork;
+mod migrate;
 mod restore;
 mod snapshot;
 mod vm;
 
 pub(crate) use command::Commander;
 pub(crate) use config::{Config, ConfigSection};
+pub(crate) use fork::{Child, ForkRequest, ForkSource, fork};
+pub(crate) use migrate::{Arrival, MigrateRequest, Place as MigratePlace, receive};
 pub(crate) use restore::{Named, Remap, RestoreRequest, restore};
 pub(crate) use snapshot::{Kind, PROGRAM, SnapshotRequest};
 pub(crate) use vm::{Origin, Status, Vm};

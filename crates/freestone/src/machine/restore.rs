@@ -1,5 +1,6 @@
 //! Making a machine of the reference VMM again: from files, or from a template of another process.
 
+use std::path::Path;
 use std::str::FromStr;
 
 use freestone_kvm::Kvm;
@@ -13,6 +14,7 @@ use crate::console::Console;
 use crate::disk::DiskSpec;
 use crate::failure::Failure;
 use crate::net::NetSpec;
+use crate::options;
 use crate::specs::{PmemSpec, VsockSpec};
 
 /// What is to be restored, and what of it is to be another than it was.
@@ -66,6 +68,8 @@ pub(crate) struct Remap {
 pub(crate) struct Named<T> {
     pub(crate) name: String,
     pub(crate) spec: T,
+    /// The same as text, which a snapshot keeps.
+    text: String,
 }
 
 impl<T: FromStr<Err = String>> FromStr for Named<T> {
@@ -73,44 +77,79 @@ impl<T: FromStr<Err = String>> FromStr for Named<T> {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, spec) = text.split_once('=').ok_or("say NAME=WHAT: which, and what in its place")?;
-        Ok(Self { name: name.to_owned(), spec: spec.parse()? })
+        Ok(Self { name: name.to_owned(), spec: spec.parse()?, text: spec.to_owned() })
     }
 }
 
 impl Remap {
-    fn apply(&self, run: &mut Run) -> Result<(), Failure> {
-        let first_disk = usize::from(run.kernel.is_none());
-        let disks = ('a'..='z').skip(first_disk).map(|letter| format!("vd{letter}"));
-        replace("disk", &mut run.disks, disks, &self.disks)?;
-        let nets: Vec<_> =
-            (0..).zip(&run.nets).map(|(n, net)| net.id.clone().unwrap_or(format!("net{n}"))).collect();
-        replace("network card", &mut run.nets, nets.into_iter(), &self.nets)?;
-        replace("persistent memory", &mut run.pmems, (0..).map(|n| format!("pmem{n}")), &self.pmems)?;
+    /// What the machine of `config` is with these resources, as text and as what it means. Relative paths in them begin at `folder`.
+    pub(super) fn apply(&self, config: &mut Config, folder: &Path) -> Result<Run, Failure> {
+        let run = config.parse()?;
+        replace("disk", config, "--disk", disk_names(&run), &self.disks, |text| absolute(text, folder))?;
+        replace("network card", config, "--net", net_names(&run), &self.nets, |text| {
+            absolute_net(text, folder)
+        })?;
+        let pmems = (0..run.pmems.len()).map(|n| format!("pmem{n}")).collect();
+        replace("persistent memory", config, "--pmem", pmems, &self.pmems, |text| absolute(text, folder))?;
         if let Some(vsock) = &self.vsock {
             if run.vsock.is_none() {
                 return Err(Failure::usage("the snapshot's machine has no vsock"));
             }
-            run.vsock = Some(vsock.clone());
+            let path = folder.join(&vsock.path).to_string_lossy().replace(',', ",,");
+            config.replace("--vsock", 0, &format!("path={path},cid={}", vsock.cid));
         }
+        let mut run = config.parse()?;
         if let Some(control) = &self.control {
             run.control = control.clone();
         }
-        Ok(())
+        Ok(run)
     }
 }
 
+/// The names of a machine's disks that have a file, in the order of `--disk`.
+pub(super) fn disk_names(run: &Run) -> Vec<String> {
+    let first = usize::from(run.kernel.is_none());
+    ('a'..='z').skip(first).take(run.disks.len()).map(|letter| format!("vd{letter}")).collect()
+}
+
+/// The names of a machine's network cards, in the order of `--net`.
+pub(super) fn net_names(run: &Run) -> Vec<String> {
+    (0..).zip(&run.nets).map(|(n, net)| net.id.clone().unwrap_or(format!("net{n}"))).collect()
+}
+
+/// A description whose file is found from everywhere.
+fn absolute(text: &str, folder: &Path) -> String {
+    options::map(text, |number, key, value| {
+        let is_path = key == Some("path") || (number == 0 && key.is_none());
+        is_path.then(|| folder.join(value).to_string_lossy().into_owned())
+    })
+}
+
+/// The same of a network card.
+fn absolute_net(text: &str, folder: &Path) -> String {
+    options::map(text, |_, key, value| {
+        let is_path = match key {
+            Some("pcap" | "mirror") => true,
+            Some("switch") => value.contains('/'),
+            Some("stream") => !value.starts_with("tcp:"),
+            _ => false,
+        };
+        is_path.then(|| folder.join(value).to_string_lossy().into_owned())
+    })
+}
+
 /// Puts each of `others` in the place of the one that has its name.
-fn replace<T: Clone>(
+fn replace<T>(
     what: &str,
-    specs: &mut [T],
-    names: impl Iterator<Item = String>,
+    config: &mut Config,
+    option: &str,
+    names: Vec<String>,
     others: &[Named<T>],
+    absolute: impl Fn(&str) -> String,
 ) -> Result<(), Failure> {
-    let names: Vec<_> = names.take(specs.len()).collect();
     for other in others {
-        let found = names.iter().position(|name| *name == other.name);
-        match found.and_then(|at| specs.get_mut(at)) {
-            Some(spec) => *spec = other.spec.clone(),
+        match names.iter().position(|name| *name == other.name) {
+            Some(at) => config.replace(option, at, &absolute(&other.text)),
             None => {
                 let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
                 let name = &other.name;
@@ -134,9 +173,8 @@ pub(crate) fn restore(
     if request.verify {
         stored.verify(progress)?;
     }
-    let config = Config::try_from(stored.sections().take::<ConfigSection>()?)?;
-    let mut run = config.parse()?;
-    request.remap.apply(&mut run)?;
+    let mut config = Config::try_from(stored.sections().take::<ConfigSection>()?)?;
+    let mut run = request.remap.apply(&mut config, &std::env::current_dir()?)?;
     run.cpus = stored.machine().cpus();
     run.track_dirty |= request.track;
     run.count_exits = request.count_exits;
