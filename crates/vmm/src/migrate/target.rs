@@ -180,8 +180,11 @@ fn beside(size: u64) -> Result<Arc<File>> {
 fn pages(memory: &GuestMem, beside: Option<&File>, layout: &ImageLayout, body: &[u8]) -> Result<()> {
     let view = memory.view();
     let mut rest = body;
+    // No page comes twice in a frame, so that no frame takes longer than memory is large.
+    let mut most = layout.size() / PAGE_SIZE;
     while !rest.is_empty() {
         let run = Run::decode(&mut rest)?;
+        most = most.checked_sub(run.pages.into()).ok_or_else(|| wrong("a frame has more pages than memory"))?;
         for page in 0..u64::from(run.pages) {
             let gpa = page.checked_mul(PAGE_SIZE).and_then(|offset| run.gpa.checked_add(offset));
             let gpa = gpa.filter(|gpa| gpa.is_multiple_of(PAGE_SIZE));
