@@ -184,7 +184,8 @@ fn pages(memory: &GuestMem, beside: Option<&File>, layout: &ImageLayout, body: &
     let mut most = layout.size() / PAGE_SIZE;
     while !rest.is_empty() {
         let run = Run::decode(&mut rest)?;
-        most = most.checked_sub(run.pages.into()).ok_or_else(|| wrong("a frame has more pages than memory"))?;
+        most =
+            most.checked_sub(run.pages.into()).ok_or_else(|| wrong("a frame has more pages than memory"))?;
         for page in 0..u64::from(run.pages) {
             let gpa = page.checked_mul(PAGE_SIZE).and_then(|offset| run.gpa.checked_add(offset));
             let gpa = gpa.filter(|gpa| gpa.is_multiple_of(PAGE_SIZE));
