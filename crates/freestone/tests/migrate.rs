@@ -134,8 +134,12 @@ fn a_machine_under_load_migrates_by_unix_and_tcp_and_loses_nothing() {
     let report: Value = serde_json::from_str(&host.ok(&["migrate", "a", "unix:way", "--json"])).unwrap();
     assert!(report["sent"].as_u64() > Some(0), "{report}");
     assert!(!host.path("way").exists(), "the socket is removed");
-    assert_eq!(host.machine("a")["state"], "stopped");
     host.goes_on("b", 3);
+    let began = Instant::now();
+    while host.machine("a")["state"] != "stopped" {
+        assert!(began.elapsed() < PATIENCE, "{}", host.machine("a"));
+        std::thread::sleep(Duration::from_millis(20));
+    }
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let place = format!("tcp:127.0.0.1:{port}");
     host.ok(&["receive", &place, "--name", "c", "--detach"]);

@@ -543,8 +543,11 @@ impl<T: TransportOps> DeviceCore<T> {
     /// so a kick that came in between, or before the save, is not lost.
     ///
     /// # Errors
-    /// If the device cannot start; it then needs a reset.
+    /// If the device is not [ready](VirtioDevice::ready): it stays paused. If it cannot start: it then needs a reset.
     pub fn resume(&mut self) -> Result<()> {
+        if matches!(self.activity, Activity::Paused { .. }) {
+            self.device.ready()?;
+        }
         let restored = std::mem::take(&mut self.restored);
         let mut irqs = Vec::new();
         if matches!(self.activity, Activity::Paused { .. }) {

@@ -52,15 +52,22 @@ impl Inventory {
     /// Resumes all devices, first first.
     ///
     /// # Errors
-    /// [`Error::Device`] of the first that fails; the others behind it stay paused.
+    /// [`Error::Device`] of the first that fails; those before it are paused again.
     pub fn resume(&mut self) -> Result<()> {
-        self.devices.iter_mut().try_for_each(|d| {
-            d.resume().map_err(|source| Error::Device {
-                doing: "resume",
-                device: d.name().to_owned(),
-                source,
-            })
-        })
+        for index in 0..self.devices.len() {
+            let Some((device, resumed)) = self.devices.get_mut(..=index).and_then(<[_]>::split_last_mut) else {
+                continue;
+            };
+            if let Err(source) = device.resume() {
+                for earlier in resumed.iter_mut().rev() {
+                    if let Err(error) = earlier.pause() {
+                        tracing::error!(device = earlier.name(), %error, "cannot pause the device again");
+                    }
+                }
+                return Err(Error::Device { doing: "resume", device: device.name().to_owned(), source });
+            }
+        }
+        Ok(())
     }
 
     /// Adds the state of every device to `state`. They must be paused.

@@ -269,12 +269,16 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn start(&mut self, resources: Resources) -> Result<Vec<Box<dyn Worker>>> {
-        let Resources { mem, features, queues, control } = resources;
+    fn ready(&self) -> Result<()> {
         if *lock(&self.shared.hold) != Hold::Own {
             let reason = "its image was given to others: it is to be taken back before the device works";
             return Err(Error::Config { device: "virtio-blk".to_owned(), reason });
         }
+        Ok(())
+    }
+
+    fn start(&mut self, resources: Resources) -> Result<Vec<Box<dyn Worker>>> {
+        let Resources { mem, features, queues, control } = resources;
         self.settle_cache_mode(features);
         let workers = queues.into_iter().map(|queue| {
             let worker = self.worker((&mem, &control, features), queue)?;
