@@ -55,7 +55,8 @@ impl Inventory {
     /// [`Error::Device`] of the first that fails; those before it are paused again.
     pub fn resume(&mut self) -> Result<()> {
         for index in 0..self.devices.len() {
-            let Some((device, resumed)) = self.devices.get_mut(..=index).and_then(<[_]>::split_last_mut) else {
+            let Some((device, resumed)) = self.devices.get_mut(..=index).and_then(<[_]>::split_last_mut)
+            else {
                 continue;
             };
             if let Err(source) = device.resume() {
