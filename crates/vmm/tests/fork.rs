@@ -144,7 +144,7 @@ fn a_hundred_children_differ_where_they_wrote_and_share_the_rest() {
         memory.view().write_slice(&number.to_le_bytes(), GuestAddress(life::word(life::SALT))).unwrap();
         let (parts, _) = builder(&kvm, overlay(&path, &base), &console);
         let mut sections = template.sections().unwrap();
-        let mut machine = parts.memory(memory).restore(&mut sections, ClockPolicy::Advance).unwrap();
+        let machine = parts.memory(memory).restore(&mut sections, ClockPolicy::Advance).unwrap();
         template.fill(&machine).unwrap();
         assert_eq!(sections.finish().unwrap(), Vec::<String>::new());
         children.push(Child { number, machine, console, overlay: path });
