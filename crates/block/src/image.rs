@@ -75,11 +75,36 @@ pub trait Image: Send + Sync + Debug {
         Ok(self.size())
     }
 
+    /// Says how the image is held from now on against others who would use its files. Whoever gives up more than reading has no
+    /// request under way and makes none, until the image is its [own](Hold::Own) again: what was written is made durable first.
+    ///
+    /// Images that do not lock anything do nothing.
+    ///
+    /// # Errors
+    /// `WouldBlock` if others hold the files in a way that excludes this; whatever else the host says. It is then held as it was,
+    /// as far as others did not take it meanwhile.
+    fn set_hold(&self, hold: Hold) -> io::Result<()> {
+        let _ = hold;
+        Ok(())
+    }
+
     /// A queue for asynchronous requests on this image, for one worker; `depth` requests may be in flight at once.
     ///
     /// # Errors
     /// `Unsupported` if the image or the host does not have the engine; whatever the host says.
     fn open_queue(self: Arc<Self>, engine: Engine, depth: u16) -> io::Result<Box<dyn IoQueue>>;
+}
+
+/// How an image is held against other users of its files: see [`Image::set_hold`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Hold {
+    /// As it was opened: one that can be written excludes all others, one that is read-only excludes writers.
+    #[default]
+    Own,
+    /// Others may read, and nobody writes: overlays are laid over it.
+    Share,
+    /// Others may do what they want with it: it changes hands.
+    None,
 }
 
 /// What an [`Image`] can do beyond reading and writing, and what it prefers.

@@ -17,7 +17,7 @@ mod uring;
 
 pub use disk::{Backing, DiskOptions, FormatChoice, ImageFormat, choose, probe, recorded_format};
 pub use error::{Error, Result};
-pub use image::{Image, Limits, SECTOR_SIZE};
+pub use image::{Hold, Image, Limits, SECTOR_SIZE};
 #[cfg(feature = "qcow2")]
 pub use qcow2::{CheckReport, Qcow2Image, Qcow2Options};
 pub use queue::{Engine, IoQueue, Op, Submitted, SyncQueue};

@@ -18,7 +18,7 @@ use crate::cli::{self, ConsoleKind, Run};
 use crate::console::Console;
 use crate::control::{Controls, limiter};
 use crate::demo;
-use crate::disk::{DiskSpec, Format};
+use crate::disk::DiskSpec;
 use crate::failure::Failure;
 use crate::net::{self, Pump, Threads};
 
@@ -96,7 +96,9 @@ impl Attached {
             let name = format!("pmem{number}");
             // A flush waits until the file is durable: not on the thread of the other devices.
             let thread = Arc::new(ThreadSpawner::new(&name)?);
-            self.device_on(Pmem::open(&spec.path, config)?, &name, Some(thread));
+            let pmem = Pmem::open(&spec.path, config)?;
+            self.controls.pmems.push((name.clone(), pmem.handle()));
+            self.device_on(pmem, &name, Some(thread));
         }
         if let Some(spec) = &args.memory_hotplug {
             let mut config = MemConfig::new(spec.most).requested(spec.requested);
@@ -218,13 +220,7 @@ fn room(args: &Run) -> Result<(), Failure> {
 
 /// Opens a disk's image. Also says whether its requests hold up the thread they are made on.
 fn open(spec: &DiskSpec) -> Result<(Arc<dyn Image>, bool), Failure> {
-    let choice = match spec.format {
-        Format::Unnamed => FormatChoice::Recorded,
-        Format::Raw => FormatChoice::Given(ImageFormat::Raw),
-        Format::Qcow2 => FormatChoice::Given(ImageFormat::Qcow2),
-        Format::Probe => FormatChoice::Probe,
-    };
-    let format = block::choose(&spec.path, choice)?;
+    let format = block::choose(&spec.path, spec.format.choice())?;
     if format == ImageFormat::Raw {
         let options = RawOptions::new().read_only(spec.read_only).direct(spec.direct);
         return Ok((Arc::new(raw(&spec.path, options)?), false));

@@ -8,7 +8,9 @@ use clap::{Args, Parser, Subcommand};
 use crate::completions::Completions;
 use crate::control::Ctl;
 use crate::disk::DiskSpec;
-use crate::lifecycle::{ConsoleArgs, Fork, Logs, Many, Ps, Restore, Rm, Snapshot, StatsArgs, Stop};
+use crate::lifecycle::{
+    ConsoleArgs, Fork, Logs, Many, Migrate, Ps, Receive, Restore, Rm, Snapshot, StatsArgs, Stop,
+};
 use crate::net::{self, NetSpec};
 use crate::place::PlaceArgs;
 use crate::size;
@@ -95,6 +97,10 @@ pub(crate) enum Command {
     PageServer(crate::page_server::PageServerArgs),
     /// Make many machines of one, that share its memory until they write to it.
     Fork(Fork),
+    /// Send a running machine to another process, here or on another host, where it goes on.
+    Migrate(Migrate),
+    /// Wait for a machine that another process sends, and run it.
+    Receive(Box<Receive>),
     /// Ask a running machine: statistics, disks, balloon, memory, network.
     Ctl(Ctl),
     /// Show and change the network of a running machine: cards, forwards, flows, counters, links.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use freestone_vmm::block::Engine;
+use freestone_vmm::block::{Engine, FormatChoice, ImageFormat};
 use freestone_vmm::virtio::blk::ID_LEN;
 
 use crate::options::Options;
@@ -58,6 +58,18 @@ pub(crate) enum Format {
     Qcow2,
     /// What the file looks like. A guest that can write to a raw disk can make it look like anything.
     Probe,
+}
+
+impl Format {
+    /// By what the format is found.
+    pub(crate) fn choice(self) -> FormatChoice {
+        match self {
+            Self::Unnamed => FormatChoice::Recorded,
+            Self::Raw => FormatChoice::Given(ImageFormat::Raw),
+            Self::Qcow2 => FormatChoice::Given(ImageFormat::Qcow2),
+            Self::Probe => FormatChoice::Probe,
+        }
+    }
 }
 
 impl FromStr for DiskSpec {

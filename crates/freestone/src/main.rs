@@ -76,6 +76,8 @@ fn main() -> ExitCode {
         Command::Restore(args) => lifecycle::restore(&args),
         Command::PageServer(args) => page_server::page_server(&args),
         Command::Fork(args) => lifecycle::fork(&args),
+        Command::Migrate(args) => lifecycle::migrate(&args),
+        Command::Receive(args) => lifecycle::receive(&args),
         Command::Ctl(args) => control::ctl(&args),
         Command::Net(args) => control::net(&args),
         Command::Doctor(args) => doctor::doctor(&args),

@@ -107,6 +107,15 @@ pub(crate) fn map(text: &str, change: impl Fn(usize, Option<&str>, &str) -> Opti
     split(text).into_iter().enumerate().map(changed).collect::<Vec<_>>().join(",")
 }
 
+/// All options but those that `drop` names, and without the value of the first key, if it was given without the key.
+pub(crate) fn without(text: &str, drop: &[&str], first: bool) -> String {
+    let parts = split(text).into_iter().enumerate().filter(|(number, part)| {
+        let key = part.split_once('=').map_or(part.as_str(), |(key, _)| key);
+        if *number == 0 && !part.contains('=') { first } else { !drop.contains(&key) }
+    });
+    parts.map(|(_, part)| part.replace(',', ",,")).collect::<Vec<_>>().join(",")
+}
+
 /// Splits at single commas.
 fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];

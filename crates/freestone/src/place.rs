@@ -205,12 +205,21 @@ impl Place {
 
 /// Starts this program as the process of a machine called `name`, with `args`, and waits until the machine runs.
 pub(crate) fn spawn(name: Option<&Name>, args: Vec<std::ffi::OsString>) -> Result<Name, Failure> {
+    Ok(spawn_with(name, |_| Ok(args))?.0)
+}
+
+/// The same with arguments that `prepare` gives, which may put files into the machine's folder. Also tells the number of the process.
+pub(crate) fn spawn_with(
+    name: Option<&Name>,
+    prepare: impl FnOnce(&Claim) -> Result<Vec<std::ffi::OsString>, Failure>,
+) -> Result<(Name, u32), Failure> {
     let runtime = Runtime::open()?;
     let mut claim = match name {
         Some(name) => runtime.claim(name)?,
         None => free_name(&runtime)?,
     };
     claim.begin()?;
+    let args = prepare(&claim)?;
     let log_path = claim.file("log");
     let failed = |e| Failure::new(format!("cannot make {}: {e}", log_path.display()));
     let log = OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path).map_err(failed)?;
@@ -230,7 +239,7 @@ pub(crate) fn spawn(name: Option<&Name>, args: Vec<std::ffi::OsString>) -> Resul
     if report.get("ok").is_some() {
         let name = claim.name().clone();
         claim.leave();
-        return Ok(name);
+        return Ok((name, child.id()));
     }
     let status = child.wait()?;
     let log = std::fs::read_to_string(&log_path).unwrap_or_default();

@@ -78,6 +78,11 @@ pub(crate) fn conduct(
     if args.stats {
         stats::print(&vm.machine.stats());
     }
+    if let Some(to) = vm.gone_to() {
+        place.ended(&format!("migrated to {to}"), 0);
+        eprintln!("freestone: migrated to {to}");
+        return Ok(ExitCode::SUCCESS);
+    }
     let status = status(&reason);
     place.ended(&reason.to_string(), status);
     report(&reason);

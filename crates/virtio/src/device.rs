@@ -110,6 +110,14 @@ pub trait VirtioDevice: Send {
         let _ = (offset, data);
     }
 
+    /// Whether a device that was paused could go on now.
+    ///
+    /// # Errors
+    /// What it lacks: the machine stays paused, and nothing is lost.
+    fn ready(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Makes the workers that serve the queues from now on. May come again after the workers were stopped: with the same queues
     /// (pause and resume) or with fresh ones (reset).
     ///

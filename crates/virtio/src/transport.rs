@@ -550,8 +550,11 @@ impl<T: TransportOps> DeviceCore<T> {
     /// so a kick that came in between, or before the save, is not lost.
     ///
     /// # Errors
-    /// If the device cannot start; it then needs a reset.
+    /// If the device is not [ready](VirtioDevice::ready): it stays paused. If it cannot start: it then needs a reset.
     pub fn resume(&mut self) -> Result<()> {
+        if matches!(self.activity, Activity::Paused { .. }) {
+            self.device.ready()?;
+        }
         let known = self.restored.take();
         let restored = known.is_some();
         // Who changed it in the meantime had nobody to tell.

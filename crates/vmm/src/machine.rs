@@ -19,6 +19,7 @@ use crate::saved::MachineSection;
 use crate::store::Tracker;
 use crate::vcpus::Vcpus;
 use crate::{Error, Result};
+use freestone_vcpu::state::VcpuSection;
 
 /// Where a machine is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -284,6 +285,24 @@ impl<H: Hypervisor> Machine<H> {
     /// What the machine is made of, as a snapshot says it: for the target of a [migration](crate::migrate::send).
     pub fn describe(&self) -> MachineSection {
         MachineSection::new(self.vcpus.len(), &self.memory, self.board.has_irq_chip())
+    }
+
+    /// The first processor as it is now, which all others are like, for the target of a [migration](crate::migrate::send) to compare with
+    /// what it has. A machine that runs stands still for a moment.
+    ///
+    /// # Errors
+    /// [`Error::Vcpu`] or the hypervisor's.
+    pub fn describe_cpu(&mut self) -> Result<VcpuSection> {
+        let running = self.state == State::Running;
+        if running {
+            self.vcpus.pause()?;
+        }
+        let saved = self.vcpus.save();
+        if running {
+            self.vcpus.resume();
+        }
+        let first = saved?.into_iter().next().ok_or(Error::NotSaved)?;
+        Ok(VcpuSection::try_from(first)?)
     }
 
     /// Begins to log what guest and devices write, also while the machine runs; whether memory and hypervisor can. A log that was kept for

@@ -14,7 +14,7 @@ use super::file::{HostFile, part, total};
 use super::header::Header;
 use super::{Qcow2Image, Qcow2Options, fill_zero};
 use crate::disk::Backing;
-use crate::image::{Image, SECTOR_SIZE};
+use crate::image::{Hold, Image, SECTOR_SIZE};
 use crate::raw::{RawImage, RawOptions};
 use crate::{Error, Result};
 
@@ -86,6 +86,14 @@ impl Base {
             }
         }
         fill_zero(&part(bufs, inside, wanted - inside))
+    }
+
+    /// As [`Image::set_hold`].
+    pub(super) fn set_hold(&self, hold: Hold) -> io::Result<()> {
+        match self {
+            Self::Raw(raw) => raw.set_hold(hold),
+            Self::Qcow2(image) => image.set_hold(hold),
+        }
     }
 
     /// Whether the bytes from `offset` on, and how many of at most `most`, are known to be zero.

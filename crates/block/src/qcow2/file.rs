@@ -9,6 +9,7 @@ use freestone_memory::io::{read_vectored_at, write_vectored_at};
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
+use crate::image::Hold;
 use crate::raw::{RawImage, RawOptions};
 use crate::{Error, Result};
 
@@ -31,6 +32,11 @@ impl HostFile {
         let file = std::fs::OpenOptions::new().write(true).open(path).map_err(fail)?;
         file.set_len(crate::SECTOR_SIZE).map_err(fail)?;
         Self::open(path, false, true)
+    }
+
+    /// Locks the file anew.
+    pub(crate) fn lock_as(&self, hold: Hold) -> io::Result<()> {
+        self.raw.lock_as(hold)
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -32,7 +32,7 @@ use self::header::{CORRUPT, DIRTY, Header};
 use self::maps::{Maps, Protected, decode_l1, read_l1};
 use self::refcounts::Allocator;
 use crate::disk::Backing;
-use crate::image::{Image, Limits};
+use crate::image::{Hold, Image, Limits};
 use crate::queue::{Engine, IoQueue, SyncQueue};
 use crate::{Error, Result};
 
@@ -281,6 +281,18 @@ impl Image for Qcow2Image {
         self.check_range(offset, len)?;
         self.check_writable()?;
         self.zero(offset, len, unmap)
+    }
+
+    fn set_hold(&self, hold: Hold) -> IoResult<()> {
+        if hold != Hold::Own {
+            self.flush()?;
+        }
+        // The files below are never written: sharing them is how they are held in any case.
+        let below = if hold == Hold::None { Hold::None } else { Hold::Own };
+        if let Some(base) = &self.base {
+            base.set_hold(below)?;
+        }
+        self.file.lock_as(hold)
     }
 
     fn open_queue(self: Arc<Self>, engine: Engine, _depth: u16) -> IoResult<Box<dyn IoQueue>> {

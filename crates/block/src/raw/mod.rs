@@ -13,14 +13,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use freestone_memory::MemorySlice;
 use freestone_memory::io::{read_vectored_at, write_vectored_at};
 use rustix::fs::OFlags;
 
-use crate::image::{Image, Limits, SECTOR_SIZE};
+use crate::image::{Hold, Image, Limits, SECTOR_SIZE};
 use crate::queue::{Engine, IoQueue, SyncQueue};
 use crate::uring::{Policy, UringQueue};
 use crate::{Error, Result};
@@ -96,6 +96,8 @@ pub struct RawImage {
     /// Size of the file, which may have a part of a sector at its end.
     bytes: AtomicU64,
     read_only: bool,
+    /// How the file is held, if it is locked at all.
+    hold: Option<Mutex<Hold>>,
     direct: bool,
     target: Target,
     limits: Limits,
@@ -159,6 +161,7 @@ impl RawImage {
             path: path.to_owned(),
             bytes: AtomicU64::new(bytes),
             read_only: options.read_only,
+            hold: options.lock.then(Mutex::default),
             direct: options.direct,
             target,
             partial: Mutex::new(()),
@@ -264,6 +267,13 @@ impl Image for RawImage {
         Ok(bytes - bytes % SECTOR_SIZE)
     }
 
+    fn set_hold(&self, hold: Hold) -> io::Result<()> {
+        if hold != Hold::Own {
+            self.flush()?;
+        }
+        self.lock_as(hold)
+    }
+
     fn open_queue(self: Arc<Self>, engine: Engine, depth: u16) -> io::Result<Box<dyn IoQueue>> {
         let policy = match engine {
             Engine::Sync => return Ok(Box::new(SyncQueue::new(self))),
@@ -285,6 +295,31 @@ impl Image for RawImage {
 }
 
 impl RawImage {
+    /// Locks the file anew, without a look at what was written.
+    pub(crate) fn lock_as(&self, hold: Hold) -> io::Result<()> {
+        let Some(held) = &self.hold else { return Ok(()) };
+        let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
+        if *held == hold {
+            return Ok(());
+        }
+        if hold == Hold::None {
+            self.file.unlock()?;
+        } else {
+            let locked = lock(&self.path, &self.file, self.read_only || hold == Hold::Share);
+            if let Err(error) = locked {
+                // The host drops the former lock before it tries the new one.
+                let back = *held != Hold::None && self.file.try_lock_shared().is_ok();
+                *held = if back { Hold::Share } else { Hold::None };
+                return Err(match error {
+                    Error::Locked { .. } => io::Error::new(io::ErrorKind::WouldBlock, "others use the file"),
+                    other => io::Error::other(other),
+                });
+            }
+        }
+        *held = hold;
+        Ok(())
+    }
+
     /// The sum of the lengths of `bufs`, if they lie inside the disk at `offset`.
     pub(crate) fn check(&self, bufs: &[MemorySlice<'_>], offset: u64) -> io::Result<usize> {
         let wanted = bufs.iter().try_fold(0usize, |sum, b| sum.checked_add(b.len()));

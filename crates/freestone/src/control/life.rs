@@ -2,9 +2,8 @@
 //! served meanwhile.
 
 use std::fmt;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,13 +16,10 @@ use serde_json::{Value, json};
 
 use super::protocol::Request;
 use crate::failure::Failure;
-use crate::machine::{Commander, Kind, SnapshotRequest, Vm};
+use crate::machine::{Commander, Kind, MigrateRequest, SnapshotRequest, Vm};
 
 /// The least time between two lines of progress.
 const INTERVAL: Duration = Duration::from_millis(100);
-
-/// State and memory of a template.
-type TemplateFiles = (File, Arc<File>);
 
 /// A machine as a whole, as the control socket reaches it.
 #[derive(Debug, Clone)]
@@ -32,14 +28,12 @@ pub(crate) struct Life {
     name: Option<String>,
     started: Instant,
     doing: Arc<Mutex<Option<&'static str>>>,
-    /// State and memory that children are forked from.
-    template: Arc<Mutex<Option<TemplateFiles>>>,
 }
 
 impl Life {
     /// Reaches the machine of `commander`, which is called `name`.
     pub(crate) fn new(commander: Commander, name: Option<String>) -> Self {
-        Self { commander, name, started: Instant::now(), doing: Arc::default(), template: Arc::default() }
+        Self { commander, name, started: Instant::now(), doing: Arc::default() }
     }
 
     /// Has `request` carried out and answered by `reply`, or gives it back if it is none of these.
@@ -66,11 +60,15 @@ impl Life {
                 Ok(paths) => self.snapshot(reply, paths, diff),
                 Err(failure) => reply.finish(Err(failure)),
             },
-            Request::Fork => self.fork(reply),
-            Request::ForkEnd => {
-                let dropped = self.template.lock().unwrap_or_else(PoisonError::into_inner).take().is_some();
-                reply.finish(Ok(json!({ "dropped": dropped })));
-            }
+            Request::Fork { others, keep_paused } => self.commander.send(move |vm| {
+                let source = vm.fork_begin(&others, keep_paused);
+                reply.finish(source.and_then(|source| Ok(serde_json::to_value(source)?)));
+            }),
+            Request::ForkEnd => self.commander.send(move |vm| {
+                vm.fork_end();
+                reply.finish(Ok(json!({})));
+            }),
+            Request::Migrate(request) => self.migrate(reply, request),
             other => return Some((other, reply)),
         }
         None
@@ -102,19 +100,24 @@ impl Life {
         });
     }
 
-    fn fork(&self, reply: Reply) {
-        let kept = Arc::clone(&self.template);
-        self.commander.send(move |vm| {
-            let made = vm.template().and_then(|template| Ok((template.state_file()?, template)));
-            let made = made.map(|(state, template)| {
-                let path = |fd: i32| format!("/proc/{}/fd/{fd}", std::process::id());
-                let memory = Arc::clone(template.memory_file());
-                let answer = json!({ "state": path(state.as_raw_fd()), "memory": path(memory.as_raw_fd()) });
-                *kept.lock().unwrap_or_else(PoisonError::into_inner) = Some((state, memory));
-                answer
-            });
-            reply.finish(made);
+    fn migrate(&self, mut reply: Reply, request: MigrateRequest) {
+        let (commander, doing) = (self.commander.clone(), Arc::clone(&self.doing));
+        // The machine's own thread drives its devices meanwhile, and this socket's others.
+        let spawned = std::thread::Builder::new().name("migrate".to_owned()).spawn(move || {
+            let sent = commander.migrate(&request, &doing, &mut |done, total| reply.progress(done, total));
+            let ended = sent.is_ok();
+            reply.finish(sent.map(|report| {
+                let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+                json!({ "rounds": report.rounds, "sent": report.sent, "downtime_us": micros(report.downtime),
+                        "total_us": micros(report.total) })
+            }));
+            if ended {
+                commander.stop();
+            }
         });
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "no thread for a migration");
+        }
     }
 
     fn snapshot(&self, mut reply: Reply, paths: StorePaths, diff: bool) {

@@ -9,8 +9,9 @@ use freestone_vmm::virtio::balloon::BalloonHandle;
 use freestone_vmm::virtio::blk::BlockHandle;
 use freestone_vmm::virtio::rate::{RateLimiter, TokenBucket};
 use freestone_vmm::virtio::rng::RngHandle;
-use freestone_vmm::virtio::{DeviceStats, Latencies, MemHandle, QueueCounts};
+use freestone_vmm::virtio::{DeviceStats, Latencies, MemHandle, PmemHandle, QueueCounts};
 
+use crate::machine::MigrateRequest;
 use crate::net::Nics;
 use crate::size;
 
@@ -44,11 +45,21 @@ pub(crate) enum Request {
         #[serde(default)]
         diff: bool,
     },
-    /// Makes a template of the machine, which must be paused: two files of its process, a snapshot that children are restored
-    /// from. It is there until the next one is made, or it is dropped.
-    Fork,
-    /// Drops the template.
+    /// Pauses the machine, and tells where a template of it is: two files of its process, a snapshot that children are restored
+    /// from. Its disks are shared with overlays, but for those that the children do not have. It goes on if it ran before and
+    /// shares nothing; the template stays at least until `fork-end`, and is used again as long as the machine does not go on.
+    Fork {
+        /// Disks that the children have others for.
+        #[serde(default)]
+        others: Vec<String>,
+        /// The machine stays paused in any case.
+        #[serde(default)]
+        keep_paused: bool,
+    },
+    /// The children are made.
     ForkEnd,
+    /// Sends the machine to another process: see `freestone migrate`.
+    Migrate(MigrateRequest),
     /// What the devices' queues counted.
     Stats,
     /// Looks at a disk's image again and tells the guest its size.
@@ -134,6 +145,7 @@ pub(super) fn read(line: &[u8]) -> Result<Request, String> {
 #[derive(Debug, Default)]
 pub(crate) struct Controls {
     pub(crate) disks: Vec<(String, BlockHandle)>,
+    pub(crate) pmems: Vec<(String, PmemHandle)>,
     pub(crate) balloon: Option<BalloonHandle>,
     pub(crate) memory: Option<MemHandle>,
     pub(crate) rng: Option<RngHandle>,
@@ -188,8 +200,9 @@ impl Controls {
             | Request::Stop { .. }
             | Request::Exits
             | Request::Snapshot { .. }
-            | Request::Fork
-            | Request::ForkEnd => Err("this machine's life is not controlled here".to_owned()),
+            | Request::Fork { .. }
+            | Request::ForkEnd
+            | Request::Migrate(_) => Err("this machine's life is not controlled here".to_owned()),
             request => self.nics.carry_out(request),
         }
     }

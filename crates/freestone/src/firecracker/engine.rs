@@ -414,10 +414,10 @@ fn request(what: &SnapshotLoad) -> Result<RestoreRequest, Fault> {
             Some(own) => own.to_owned(),
             None => format!("tap={}", card.host_dev_name.replace(',', ",,")),
         };
-        let text = format!("{spec},id={}", card.iface_id);
-        let spec: NetSpec =
+        let text = format!("{id}={spec},id={id}", id = card.iface_id);
+        let named: Named<NetSpec> =
             text.parse().map_err(|e| Fault::bad_request(format!("network_overrides: {e}")))?;
-        Ok::<_, Fault>(Named { name: card.iface_id.clone(), spec, text })
+        Ok::<_, Fault>(named)
     };
     request.remap = Remap {
         nets: what.network_overrides.iter().map(net).collect::<Result<_, _>>()?,

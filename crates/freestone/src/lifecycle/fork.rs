@@ -1,26 +1,30 @@
 //! `freestone fork`: many machines of one.
 
-use std::ffi::OsString;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::snapshot::hold;
-use crate::control::{Request, ask};
+use crate::control::{Request, ask, ask_with};
 use crate::failure::Failure;
-use crate::names::{Entry, Name, Runtime};
-use crate::{place, say};
+use crate::machine::{self, ForkRequest, ForkSource};
+use crate::names::{Name, Runtime};
+use crate::say;
+
+/// How long it may take to copy the memory of a machine.
+const LIMIT: Duration = Duration::from_secs(600);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  freestone fork web --count 10 --disk vda=child-{}.qcow2,format=qcow2 --net net0=user,hostfwd=tcp::80{}-:80
-      Ten machines web-1 to web-10, each with its own disk and forward: {} is the child's number.
+  freestone fork web --count 10 --net net0=tap=web{},up=on
+      Ten machines web-1 to web-10, each with an overlay of the disk and an interface: {} is the child's number.
 
 The children begin where the machine is now, and share its memory until they write to it. Each is a machine of its own: detached, by a
-name of its own. What is not given anew is opened by the name that the machine has it by, which fails for what only one can have:
-disks that are written, forwards, sockets. The machine stands still while it is copied, and then goes on.")]
+name of its own. A disk that can be written becomes an overlay, which `freestone rm` removes with the child; the machine itself then
+stays paused, and another fork is quick. Without such disks it goes on. A host's port that is forwarded becomes the port and the
+child's number; the vsock path gets `-` and the number. An interface, a stream socket and persistent memory must be given anew.")]
 pub(crate) struct Fork {
     /// Name of the machine.
     name: String,
@@ -71,65 +75,38 @@ pub(crate) fn fork(args: &Fork) -> Result<ExitCode, Failure> {
     let runtime = Runtime::open()?;
     let entry = runtime.entry(&args.name)?;
     entry.pid()?;
-    let ran = hold(&entry)?;
-    let template = ask(&entry.control(), &Request::Fork);
-    if ran && !(args.keep_paused && template.is_ok()) {
-        ask(&entry.control(), &Request::Resume)?;
-    }
-    let template = template?;
-    let made = children(args, &entry, &template);
+    let request = ForkRequest {
+        prefix: args.prefix.clone().unwrap_or_else(|| entry.name.clone()),
+        first: args.first,
+        count: args.count,
+        disks: args.disks.clone(),
+        nets: args.nets.clone(),
+        pmems: args.pmems.clone(),
+        vsock: args.vsock.clone(),
+        paused: args.paused,
+    };
+    let began = Request::Fork { others: request.others(), keep_paused: args.keep_paused };
+    let source: ForkSource = serde_json::from_value(ask_with(&entry.control(), &began, LIMIT, |_, _| {})?)?;
+    let mut made = 0;
+    let done = machine::fork(&source, &request, &mut |child| {
+        made += 1;
+        let micros = u64::try_from(child.took.as_micros()).unwrap_or(u64::MAX);
+        match args.json {
+            true => say::line(json!({ "name": child.name.as_str(), "pid": child.pid, "took_us": micros,
+                                      "template_us": source.took_us })),
+            false => say::line(&child.name),
+        }
+    });
     // Who was started has mapped the memory. If the machine ended meanwhile, so has the template.
     drop(ask(&entry.control(), &Request::ForkEnd));
-    made?;
-    Ok(ExitCode::SUCCESS)
-}
-
-fn children(args: &Fork, entry: &Entry, template: &Value) -> Result<(), Failure> {
-    let prefix = args.prefix.as_ref().unwrap_or(&entry.name);
-    for number in (args.first..).take(usize::try_from(args.count)?) {
-        let name = prefix.numbered(number).map_err(|e| Failure::usage(format!("{prefix}-{number}: {e}")))?;
-        let name = place::spawn(Some(&name), arguments(args, template, &name, number)?)
-            .map_err(|e| Failure::with_status(format!("child {name}: {e}"), e.status()))?;
-        if args.json {
-            say::line(json!({ "name": name.as_str() }))?;
+    if source.ran && source.paused && !args.keep_paused {
+        if made == 0 {
+            drop(ask(&entry.control(), &Request::Resume));
         } else {
-            say::line(name)?;
+            let disks = source.shared.join(", ");
+            tracing::warn!("{} stays paused: its children read {disks}", entry.name);
         }
     }
-    Ok(())
-}
-
-/// The arguments of a child's process, which restores it from the template.
-fn arguments(args: &Fork, template: &Value, name: &Name, number: u32) -> Result<Vec<OsString>, Failure> {
-    let file = |key: &str| {
-        let path = template.get(key).and_then(Value::as_str);
-        path.ok_or_else(|| Failure::new("the machine did not say where the template is"))
-    };
-    let mut words = vec!["restore".to_owned(), "--detach".to_owned(), format!("--name={name}")];
-    words.push(format!("--state={}", file("state")?));
-    words.push(format!("--memory={}", file("memory")?));
-    if args.paused {
-        words.push("--paused".to_owned());
-    }
-    let others = [("disk", &args.disks), ("net", &args.nets), ("pmem", &args.pmems)];
-    for (option, values) in others {
-        words.extend(values.iter().map(|value| format!("--{option}={}", numbered(value, number))));
-    }
-    words.extend(args.vsock.iter().map(|value| format!("--vsock={}", numbered(value, number))));
-    Ok(words.into_iter().map(OsString::from).collect())
-}
-
-/// Puts the child's number where the text says `{}`.
-fn numbered(text: &str, number: u32) -> String {
-    text.replace("{}", &number.to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_childs_number_is_put_into_what_it_is_given() {
-        assert_eq!(numbered("vda=c-{}.img,serial={}", 7), "vda=c-7.img,serial=7");
-    }
+    done?;
+    Ok(ExitCode::SUCCESS)
 }

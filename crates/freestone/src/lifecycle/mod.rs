@@ -1,5 +1,5 @@
 //! Commands on named machines: `ps`, `pause`, `resume`, `stop`, `kill`, `rm`, `logs`, `console`, `stats`, and those that make machines of
-//! machines: `snapshot`, `restore`, `fork`.
+//! machines: `snapshot`, `restore`, `fork`, `migrate`.
 //!
 //! They find a machine's folder in the runtime directory and talk to its control socket; nothing of a machine is in this process.
 
@@ -8,6 +8,7 @@ mod args;
 mod fork;
 mod list;
 mod logs;
+mod migrate;
 mod process;
 mod restore;
 mod snapshot;
@@ -19,6 +20,7 @@ pub(crate) use args::{ConsoleArgs, Logs, Many, Ps, Rm, StatsArgs, Stop};
 pub(crate) use fork::{Fork, fork};
 pub(crate) use list::{aligned, ps, row};
 pub(crate) use logs::logs;
+pub(crate) use migrate::{Migrate, Receive, migrate, receive};
 pub(crate) use restore::{Restore, restore};
 pub(crate) use snapshot::{Snapshot, snapshot};
 pub(crate) use stats::{

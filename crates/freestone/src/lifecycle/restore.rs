@@ -111,6 +111,14 @@ pub(crate) struct RemapArgs {
     vsock: Option<VsockSpec>,
 }
 
+impl RemapArgs {
+    /// What they mean, with this control socket.
+    pub(super) fn remap(&self, control: Option<PathBuf>) -> Remap {
+        let Self { disks, nets, pmems, vsock } = self.clone();
+        Remap { disks, nets, pmems, vsock, control: Some(control) }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Clock {
     /// Where it stopped.
@@ -126,7 +134,6 @@ pub(crate) fn restore(args: &Restore) -> Result<ExitCode, Failure> {
         files::raise_limit();
         let kvm = Kvm::open()?;
         let console = place.console()?;
-        let remap = args.remap.clone();
         let request = RestoreRequest {
             paths,
             memory: args.mem.clone(),
@@ -143,13 +150,7 @@ pub(crate) fn restore(args: &Restore) -> Result<ExitCode, Failure> {
             verify: args.verify,
             track: args.track_dirty,
             count_exits: args.place.named(),
-            remap: Remap {
-                disks: remap.disks,
-                nets: remap.nets,
-                pmems: remap.pmems,
-                vsock: remap.vsock,
-                control: Some(args.control.clone()),
-            },
+            remap: args.remap.remap(args.control.clone()),
         };
         let bar = bar();
         let made = machine::restore(&kvm, &request, &console, &mut |done, total| {

@@ -76,6 +76,25 @@ impl Config {
         Ok(())
     }
 
+    /// The values of an option that may be repeated, in their order.
+    pub(crate) fn values(&self, option: &str) -> Vec<&str> {
+        self.places(option).into_iter().filter_map(|(at, skip)| self.args.get(at)?.get(skip..)).collect()
+    }
+
+    /// In which arguments the values of an option are, and from which byte on.
+    fn places(&self, option: &str) -> Vec<(usize, usize)> {
+        let mut places = Vec::new();
+        let mut args = self.args.iter().enumerate();
+        while let Some((at, arg)) = args.next() {
+            if arg == option {
+                places.extend(args.next().map(|(at, _)| (at, 0)));
+            } else if arg.strip_prefix(option).is_some_and(|rest| rest.starts_with('=')) {
+                places.push((at, option.len() + 1));
+            }
+        }
+        places
+    }
+
     /// The arguments.
     pub(crate) fn args(&self) -> &[String] {
         &self.args

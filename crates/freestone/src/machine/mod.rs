@@ -7,14 +7,18 @@
 
 mod command;
 mod config;
+mod fork;
 mod memory;
+mod migrate;
 mod restore;
 mod snapshot;
 mod vm;
 
 pub(crate) use command::Commander;
 pub(crate) use config::{Config, ConfigSection};
+pub(crate) use fork::{Child, ForkRequest, ForkSource, fork};
 pub(crate) use memory::{MemorySource, PageSource, RecordRequest, read as read_working_set};
+pub(crate) use migrate::{Arrival, MigrateRequest, Place as MigratePlace, receive};
 pub(crate) use restore::{Named, Remap, RestoreRequest, restore};
 pub(crate) use snapshot::{Kind, PROGRAM, SnapshotRequest};
 pub(crate) use vm::{Origin, Status, Vm};

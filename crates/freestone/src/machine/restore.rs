@@ -17,6 +17,7 @@ use crate::console::Console;
 use crate::disk::DiskSpec;
 use crate::failure::Failure;
 use crate::net::NetSpec;
+use crate::options;
 use crate::specs::{PmemSpec, VsockSpec};
 
 /// What is to be restored, and what of it is to be another than it was.
@@ -96,46 +97,49 @@ impl<T: FromStr<Err = String>> FromStr for Named<T> {
 }
 
 impl Remap {
-    /// Puts them into `run`, and into `config`, so that a snapshot of the restored machine has them.
-    fn apply(&self, run: &mut Run, config: &mut Config) -> Result<(), Failure> {
-        let first_disk = usize::from(run.kernel.is_none());
-        let disks = ('a'..='z').skip(first_disk).map(|letter| format!("vd{letter}"));
-        replace("disk", &mut run.disks, disks, &self.disks, config)?;
-        let nets: Vec<_> =
-            (0..).zip(&run.nets).map(|(n, net)| net.id.clone().unwrap_or(format!("net{n}"))).collect();
-        replace("net", &mut run.nets, nets.into_iter(), &self.nets, config)?;
-        replace("pmem", &mut run.pmems, (0..).map(|n| format!("pmem{n}")), &self.pmems, config)?;
+    /// What the machine of `config` is with these resources, as text, which a snapshot of it keeps, and as what it means.
+    pub(super) fn apply(&self, config: &mut Config) -> Result<Run, Failure> {
+        let run = config.parse()?;
+        let pmems = (0..run.pmems.len()).map(|n| format!("pmem{n}")).collect();
+        replace("disk", disk_names(&run), &self.disks, config)?;
+        replace("net", net_names(&run), &self.nets, config)?;
+        replace("pmem", pmems, &self.pmems, config)?;
         if let Some(vsock) = &self.vsock {
             if run.vsock.is_none() {
                 return Err(Failure::usage("the snapshot's machine has no vsock"));
             }
             let path = vsock.path.to_string_lossy().replace(',', ",,");
             config.replace("vsock", 0, &format!("path={path},cid={}", vsock.cid))?;
-            run.vsock = Some(vsock.clone());
         }
+        let mut run = config.parse()?;
         if let Some(control) = &self.control {
             run.control = control.clone();
         }
-        Ok(())
+        Ok(run)
     }
 }
 
+/// The names of a machine's disks that have a file, in the order of `--disk`.
+pub(super) fn disk_names(run: &Run) -> Vec<String> {
+    let first = usize::from(run.kernel.is_none());
+    ('a'..='z').skip(first).take(run.disks.len()).map(|letter| format!("vd{letter}")).collect()
+}
+
+/// The names of a machine's network cards, in the order of `--net`.
+pub(super) fn net_names(run: &Run) -> Vec<String> {
+    (0..).zip(&run.nets).map(|(n, net)| net.id.clone().unwrap_or(format!("net{n}"))).collect()
+}
+
 /// Puts each of `others` in the place of the one of `--option` that has its name.
-fn replace<T: Clone>(
+fn replace<T>(
     option: &str,
-    specs: &mut [T],
-    names: impl Iterator<Item = String>,
+    names: Vec<String>,
     others: &[Named<T>],
     config: &mut Config,
 ) -> Result<(), Failure> {
-    let names: Vec<_> = names.take(specs.len()).collect();
     for other in others {
-        let found = names.iter().position(|name| *name == other.name);
-        match found.and_then(|at| Some((at, specs.get_mut(at)?))) {
-            Some((at, spec)) => {
-                *spec = other.spec.clone();
-                config.replace(option, at, &other.text)?;
-            }
+        match names.iter().position(|name| *name == other.name) {
+            Some(at) => config.replace(option, at, &other.text)?,
             None => {
                 let what = match option {
                     "net" => "network card",
@@ -171,8 +175,7 @@ pub(crate) fn restore(
         stored.verify(progress)?;
     }
     let mut config = Config::try_from(stored.sections().take::<ConfigSection>()?)?;
-    let mut run = config.parse()?;
-    request.remap.apply(&mut run, &mut config)?;
+    let mut run = request.remap.apply(&mut config)?;
     run.cpus = stored.machine().cpus();
     run.track_dirty |= request.track;
     run.count_exits = request.count_exits;

@@ -20,6 +20,7 @@ use freestone_vmm::{Attention, ExitReason, FileSource, Machine, MachineBuilder, 
 
 use super::command::{Commander, Job};
 use super::config::Config;
+use super::fork::Kept;
 use super::memory::Care;
 use crate::attach::Attached;
 use crate::cli::{ConsoleKind, MemoryBacking, Protocol, Run, Transport};
@@ -70,6 +71,14 @@ pub(crate) struct Vm {
     /// Whether writes are to be logged, for differences.
     pub(super) tracks: bool,
     button: PowerButton,
+    /// What children are forked from.
+    pub(super) template: Option<Kept>,
+    /// Persistent memory was given to others.
+    pub(super) gave_pmem: bool,
+    /// The machine is on its way to another process: it must not go on here.
+    pub(super) leaving: bool,
+    /// Where the machine went.
+    pub(super) gone_to: Option<String>,
     jobs: Receiver<Job>,
     commander: Commander,
     // Pages may be asked for until all of the above is gone.
@@ -136,6 +145,10 @@ impl Vm {
             cpus: run.cpus,
             tracks: run.track_dirty,
             button: handle,
+            template: None,
+            gave_pmem: false,
+            leaving: false,
+            gone_to: None,
             jobs,
             commander,
             care: Care::default(),
@@ -146,8 +159,24 @@ impl Vm {
     pub(crate) fn go(&mut self) -> Result<(), Failure> {
         match self.machine.state() {
             State::Created => Ok(self.machine.start()?),
+            State::Paused => {
+                if self.leaving {
+                    return Err(Failure::new("the machine is on its way to another process"));
+                }
+                self.own()?;
+                if let Some(template) = &mut self.template {
+                    template.stale = true;
+                }
+                self.drop_template();
+                Ok(self.machine.resume()?)
+            }
             _ => Ok(self.machine.resume()?),
         }
+    }
+
+    /// Where the machine went, if it did.
+    pub(crate) fn gone_to(&self) -> Option<&str> {
+        self.gone_to.as_deref()
     }
 
     /// Does what is asked, and drives the devices, until the guest ends or somebody stops the machine; stops it then.

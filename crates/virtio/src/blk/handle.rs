@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use freestone_block::Image;
+use freestone_block::{Hold, Image};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::{BlkStats, Shared, feature, lock};
@@ -75,6 +75,33 @@ impl BlockHandle {
         shared.capacity.store(capacity, Ordering::Release);
         driver.capacity_changed();
         Ok(old)
+    }
+
+    /// Says how the image is held against others, as [`Image::set_hold`]: for a machine that is paused. A device whose image is not
+    /// its [own](Hold::Own) does not go on.
+    ///
+    /// # Errors
+    /// As [`Image::set_hold`]; the image is then not the device's own.
+    pub fn set_hold(&self, hold: Hold) -> io::Result<()> {
+        let mut held = lock(&self.0.hold);
+        let done = self.0.image().set_hold(hold);
+        match (&done, hold, *held) {
+            (Ok(()), ..) => *held = hold,
+            // Whether it still is, is not known.
+            (Err(_), _, Hold::Own) => *held = Hold::Share,
+            (Err(_), ..) => {}
+        }
+        done
+    }
+
+    /// How the image is held.
+    pub fn hold(&self) -> Hold {
+        *lock(&self.0.hold)
+    }
+
+    /// Whether the guest cannot write to the disk.
+    pub fn read_only(&self) -> bool {
+        self.0.features & feature::RO != 0
     }
 
     /// Changes the rate limit, or takes it away. New buckets begin full.

@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use freestone_block::{Engine, Image, IoQueue, SyncQueue};
+use freestone_block::{Engine, Hold, Image, IoQueue, SyncQueue};
 use freestone_snapshot::{Restoring, Saving};
 
 use crate::device::{ActiveQueue, DeviceInfo, DeviceType, Resources, VirtioDevice, Worker};
@@ -73,6 +73,8 @@ struct Shared {
     errors: ErrorLog,
     throttle: Throttle,
     driver: Mutex<Driver>,
+    /// How the image is held: the device works only while it is its own.
+    hold: Mutex<Hold>,
 }
 
 /// The image, and which it is.
@@ -178,6 +180,7 @@ impl Block {
             errors: ErrorLog::new(),
             throttle: Throttle::new(config.rate_limiter),
             driver: Mutex::default(),
+            hold: Mutex::default(),
             disk: Mutex::new(Disk { image, generation: 0 }),
             generation: AtomicU64::new(0),
             wakes: Mutex::default(),
@@ -264,6 +267,14 @@ impl VirtioDevice for Block {
             self.cache_chosen = true;
             self.shared.writeback.store(value == 1, Ordering::Relaxed);
         }
+    }
+
+    fn ready(&self) -> Result<()> {
+        if *lock(&self.shared.hold) != Hold::Own {
+            let reason = "its image was given to others: it is to be taken back before the device works";
+            return Err(Error::Config { device: "virtio-blk".to_owned(), reason });
+        }
+        Ok(())
     }
 
     fn start(&mut self, resources: Resources) -> Result<Vec<Box<dyn Worker>>> {

@@ -149,6 +149,19 @@ struct Backend {
     stats: Arc<PmemStats>,
     throttle: Throttle,
     size: u64,
+    /// Of the file, if it is locked.
+    lock: Option<FileLock>,
+}
+
+struct FileLock {
+    file: Arc<File>,
+    read_only: bool,
+}
+
+impl FileLock {
+    fn take(&self) -> std::result::Result<(), TryLockError> {
+        if self.read_only { self.file.try_lock_shared() } else { self.file.try_lock() }
+    }
 }
 
 impl Backend {
@@ -184,6 +197,23 @@ pub struct Pmem {
 pub struct PmemHandle(Arc<Backend>);
 
 impl PmemHandle {
+    /// Gives the file to others, with all that was written to it, or takes it back: for a machine that is paused, which must not
+    /// go on without it.
+    ///
+    /// # Errors
+    /// `WouldBlock` if others use the file; whatever else the host says.
+    pub fn set_owned(&self, owned: bool) -> io::Result<()> {
+        let Some(lock) = &self.0.lock else { return Ok(()) };
+        if !owned {
+            self.0.sync()?;
+            return lock.file.unlock();
+        }
+        lock.take().map_err(|error| match error {
+            TryLockError::Error(error) => error,
+            TryLockError::WouldBlock => io::Error::new(io::ErrorKind::WouldBlock, "others use the file"),
+        })
+    }
+
     /// Changes the rate limit, or takes it away. New buckets begin full.
     pub fn set_rate_limiter(&self, limiter: Option<RateLimiter>) {
         self.0.throttle.set(limiter);
@@ -252,7 +282,10 @@ impl Pmem {
             queue_max_sizes: vec![config.queue_size],
             config_len: CONFIG_LEN,
         };
+        let file = Arc::new(file);
+        let lock = config.lock.then(|| FileLock { file: Arc::clone(&file), read_only: config.read_only });
         let backend = Backend {
+            lock,
             file: syncing.map(|file| Box::new(file) as Box<dyn Durable>),
             failed: AtomicBool::new(false),
             stats: Arc::default(),
@@ -262,7 +295,7 @@ impl Pmem {
         Ok(Self {
             info,
             path: path.to_owned(),
-            file: Arc::new(file),
+            file,
             size,
             read_only: config.read_only,
             backend: Arc::new(backend),
@@ -389,6 +422,7 @@ mod tests {
         let fails = Arc::new(AtomicBool::new(false));
         let file: Box<dyn Durable> = Box::new(Moody(Arc::clone(&fails)));
         let backend = Backend {
+            lock: None,
             file: Some(file),
             failed: AtomicBool::new(false),
             stats: Arc::default(),

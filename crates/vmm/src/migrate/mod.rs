@@ -26,3 +26,6 @@ mod wire;
 
 pub use source::{MigrateOptions, MigrateReport, Source, send};
 pub use target::{Arriving, receive};
+
+#[cfg(test)]
+mod tests;

@@ -6,10 +6,13 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use freestone_hypervisor::Hypervisor;
+use freestone_hypervisor::x86::{HostCpu, VcpuState};
 use freestone_memory::image::ImageLayout;
 use freestone_memory::layout::PAGE_SIZE;
 use freestone_memory::{Bytes, GuestAddress, GuestMem, GuestMemBuilder};
 use freestone_snapshot::{Arch, Limits, Reader, Sections};
+use freestone_vcpu::compat::{self, Severity};
+use freestone_vcpu::state::VcpuSection;
 use rustix::fs::MemfdFlags;
 
 use super::wire::{Frame, MAX_BODY, Run, expect, get, put, refuse, wrong};
@@ -84,6 +87,25 @@ impl<S: Read + Write> Arriving<S> {
     /// The shape of the machine.
     pub fn machine(&self) -> &MachineSection {
         &self.machine
+    }
+
+    /// Compares the source's processor with this host's, if the source [described](crate::Machine::describe_cpu) it. What the guest may notice
+    /// is logged.
+    ///
+    /// # Errors
+    /// [`Error::Migration`] with what the guest would miss here: the machine is then to be [refused](Self::refuse).
+    pub fn check_cpu(&mut self, host: &HostCpu) -> Result<()> {
+        let Some(section) = self.hello.take_instance_if_present::<VcpuSection>("0")? else { return Ok(()) };
+        let found = compat::check(&VcpuState::try_from(section)?, host);
+        let (refused, noticed): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|mismatch| mismatch.severity == Severity::Refuse);
+        for mismatch in noticed {
+            tracing::warn!("the machine that arrives: {mismatch}");
+        }
+        if refused.is_empty() {
+            return Ok(());
+        }
+        Err(wrong(refused.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))
     }
 
     /// Tells the source that this side cannot take the machine.
