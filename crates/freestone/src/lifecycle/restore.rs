@@ -146,6 +146,7 @@ pub(crate) fn restore(args: &Restore) -> Result<ExitCode, Failure> {
                 pmems: remap.pmems,
                 vsock: remap.vsock,
                 control: Some(args.control.clone()),
+                ..Remap::default()
             },
         };
         let bar = bar();

@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use freestone_kvm::Kvm;
 use freestone_vmm::hypervisor::x86::ClockPolicy;
+use freestone_vmm::net::mmds::MmdsStore;
 use freestone_vmm::store::{StorePaths, Stored};
 
 use super::config::{Config, ConfigSection};
@@ -57,6 +58,12 @@ pub(crate) struct Remap {
     pub(crate) pmems: Vec<Named<PmemSpec>>,
     /// The sockets' path.
     pub(crate) vsock: Option<VsockSpec>,
+    /// The same, where the guest's number stays.
+    pub(crate) vsock_path: Option<std::path::PathBuf>,
+    /// Network cards by name, of which only what they are plugged into is another.
+    pub(crate) net_kinds: Vec<Named<NetSpec>>,
+    /// What the metadata service says.
+    pub(crate) metadata: Option<MmdsStore>,
     /// The control socket: `Some(None)` for none.
     pub(crate) control: Option<Option<std::path::PathBuf>>,
 }
@@ -84,6 +91,8 @@ impl Remap {
         replace("disk", &mut run.disks, disks, &self.disks)?;
         let nets: Vec<_> =
             (0..).zip(&run.nets).map(|(n, net)| net.id.clone().unwrap_or(format!("net{n}"))).collect();
+        let kinds = self.kinds(run, &nets);
+        replace("network card", &mut run.nets, nets.iter().cloned(), &kinds)?;
         replace("network card", &mut run.nets, nets.into_iter(), &self.nets)?;
         replace("persistent memory", &mut run.pmems, (0..).map(|n| format!("pmem{n}")), &self.pmems)?;
         if let Some(vsock) = &self.vsock {
@@ -92,10 +101,30 @@ impl Remap {
             }
             run.vsock = Some(vsock.clone());
         }
+        if let Some(path) = &self.vsock_path {
+            let none = || Failure::usage("the snapshot's machine has no vsock");
+            run.vsock.as_mut().ok_or_else(none)?.path.clone_from(path);
+        }
+        run.metadata.clone_from(&self.metadata);
         if let Some(control) = &self.control {
             run.control = control.clone();
         }
         Ok(())
+    }
+}
+
+impl Remap {
+    /// The cards as they were, in other places.
+    fn kinds(&self, run: &Run, names: &[String]) -> Vec<Named<NetSpec>> {
+        let mut kinds = self.net_kinds.clone();
+        for other in &mut kinds {
+            let old = names.iter().position(|name| *name == other.name).and_then(|at| run.nets.get(at));
+            if let Some(old) = old {
+                let kind = std::mem::replace(&mut other.spec, old.clone()).kind;
+                other.spec.kind = kind;
+            }
+        }
+        kinds
     }
 }
 
