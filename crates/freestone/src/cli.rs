@@ -93,6 +93,8 @@ pub(crate) enum Command {
     Snapshot(Snapshot),
     /// Run a machine that was saved.
     Restore(Box<Restore>),
+    /// Fill the memory of restored machines from a snapshot, page by page as they ask for it.
+    PageServer(crate::page_server::PageServerArgs),
     /// Make many machines of one, that share its memory until they write to it.
     Fork(Fork),
     /// Ask a running machine: statistics, disks, balloon, memory, network.

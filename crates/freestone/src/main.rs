@@ -24,6 +24,7 @@ mod metadata;
 mod names;
 mod net;
 mod options;
+mod page_server;
 mod place;
 mod probe;
 mod run;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         Command::Top(args) => top::top(&args),
         Command::Snapshot(args) => lifecycle::snapshot(&args),
         Command::Restore(args) => lifecycle::restore(&args),
+        Command::PageServer(args) => page_server::page_server(&args),
         Command::Fork(args) => lifecycle::fork(&args),
         Command::Ctl(args) => control::ctl(&args),
         Command::Net(args) => control::net(&args),

@@ -370,6 +370,11 @@ impl Socket {
         let metadata = fs::symlink_metadata(path)?;
         Ok(Self { listener, path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) })
     }
+
+    /// What listens. It does not wait.
+    pub(crate) fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
 }
 
 impl Drop for Socket {

@@ -8,7 +8,7 @@ use freestone_vmm::ExitReason;
 use freestone_vmm::devices::I8042Handle;
 use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::net::mmds::MmdsStore;
-use freestone_vmm::store::{Kind, StorePaths};
+use freestone_vmm::store::{Kind, StorePaths, Watch};
 use freestone_vmm::virtio::balloon::BalloonHandle;
 use serde_json::{Map, Value, json};
 
@@ -27,7 +27,10 @@ use crate::console::Console;
 use crate::control::{Controls, Request};
 use crate::disk::DiskSpec;
 use crate::failure::Failure;
-use crate::machine::{Commander, Config, Named, Origin, Remap, RestoreRequest, SnapshotRequest, Vm, restore};
+use crate::machine::{
+    Commander, Config, MemorySource, Named, Origin, PageSource, Remap, RestoreRequest, SnapshotRequest, Vm,
+    restore,
+};
 use crate::net::NetSpec;
 
 /// The option that keeps what the API knows.
@@ -473,15 +476,18 @@ fn limit(vm: &VmResources, controls: &Controls) {
 }
 
 fn request(what: &SnapshotLoad) -> Result<RestoreRequest, Fault> {
-    let memory = match (&what.mem_backend, &what.mem_file_path) {
+    let (memory, source) = match (&what.mem_backend, &what.mem_file_path) {
         (Some(backend), _) if backend.backend_type == BackendType::Uffd => {
-            return Err(Fault::bad_request("mem_backend: page servers (Uffd) are not supported yet."));
+            // A handler need not keep its socket: what it has to keep is the descriptor.
+            let source = PageSource { socket: backend.backend_path.clone(), watch: Watch::Process };
+            (&backend.backend_path, MemorySource::Uffd(source))
         }
-        (Some(backend), _) => &backend.backend_path,
-        (None, Some(path)) => path,
+        (Some(backend), _) => (&backend.backend_path, MemorySource::File),
+        (None, Some(path)) => (path, MemorySource::File),
         (None, None) => return Err(Fault::bad_request("missing field `mem_backend`")),
     };
     let mut request = RestoreRequest::new(StorePaths::files(&what.snapshot_path, memory));
+    request.memory = source;
     request.clock = if what.clock_realtime { ClockPolicy::Advance } else { ClockPolicy::Continue };
     request.track = what.track_dirty_pages || what.enable_diff_snapshots;
     let net = |card: &crate::api::model::NetworkOverride| {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use freestone_kvm::Kvm;
@@ -13,7 +13,7 @@ use super::snapshot::{bar, paths};
 use crate::disk::DiskSpec;
 use crate::failure::Failure;
 use crate::files;
-use crate::machine::{self, Named, Remap, RestoreRequest};
+use crate::machine::{self, MemorySource, Named, RecordRequest, Remap, RestoreRequest};
 use crate::net::NetSpec;
 use crate::place::{Place, PlaceArgs};
 use crate::run::conduct;
@@ -35,7 +35,7 @@ pub(crate) struct Restore {
     dir: Option<PathBuf>,
 
     /// State file of a snapshot, in place of a folder.
-    #[arg(long, value_name = "FILE", requires = "memory")]
+    #[arg(long, value_name = "FILE")]
     state: Option<PathBuf>,
 
     /// Memory file of a snapshot.
@@ -57,9 +57,23 @@ pub(crate) struct Restore {
     #[arg(long)]
     verify: bool,
 
-    /// Where memory comes from: `file` maps the file, copy-on-write.
+    /// Where memory comes from: `file` maps the file, copy-on-write; `uffd=SOCKET` has a page server fill it (`freestone page-server`,
+    /// or one that speaks Firecracker's handshake), which must live as long as the machine. It ends when its socket is closed,
+    /// or with `,watch=process` when its process has.
     #[arg(long, value_name = "HOW", default_value = "file")]
     mem: MemorySource,
+
+    /// Make the pages of a working set present while the machine starts.
+    #[arg(long, value_name = "FILE")]
+    prefetch: Option<PathBuf>,
+
+    /// Write the pages that the machine uses to a working set: when it ends, or after --record-for.
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+
+    /// Write the working set so many seconds after the restore.
+    #[arg(long, value_name = "SECONDS", requires = "record")]
+    record_for: Option<u32>,
 
     /// Log what is written, so that snapshots can be made of the differences to this one.
     #[arg(long)]
@@ -101,31 +115,9 @@ enum Clock {
     Advance,
 }
 
-/// Where memory comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum MemorySource {
-    File,
-}
-
-impl FromStr for MemorySource {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "file" => Ok(Self::File),
-            _ => Err("say file".to_owned()),
-        }
-    }
-}
-
 /// Runs a machine that was saved until it ends.
 pub(crate) fn restore(args: &Restore) -> Result<ExitCode, Failure> {
-    let paths = match (&args.dir, &args.state, &args.memory) {
-        (Some(dir), ..) => paths(dir)?,
-        (None, Some(state), Some(memory)) => StorePaths::files(state, memory),
-        _ => return Err(Failure::usage("say which snapshot: a folder, or --state and --memory")),
-    };
-    let MemorySource::File = args.mem;
+    let paths = args.paths()?;
     Place::with(&args.place, |place| {
         files::raise_limit();
         let kvm = Kvm::open()?;
@@ -133,6 +125,12 @@ pub(crate) fn restore(args: &Restore) -> Result<ExitCode, Failure> {
         let remap = args.remap.clone();
         let request = RestoreRequest {
             paths,
+            memory: args.mem.clone(),
+            prefetch: args.prefetch.clone(),
+            record: args.record.clone().map(|path| RecordRequest {
+                path,
+                after: args.record_for.map(|seconds| Duration::from_secs(seconds.into())),
+            }),
             clock: match args.clock {
                 Clock::Continue => ClockPolicy::Continue,
                 Clock::Advance => ClockPolicy::Advance,
@@ -158,4 +156,21 @@ pub(crate) fn restore(args: &Restore) -> Result<ExitCode, Failure> {
         let (mut vm, run) = made?;
         conduct(&mut vm, &run, &console, place, !args.paused)
     })
+}
+
+impl Restore {
+    fn paths(&self) -> Result<StorePaths, Failure> {
+        let served = matches!(self.mem, MemorySource::Uffd(_));
+        if served && (self.verify || self.prefetch.is_some()) {
+            let what = if self.verify { "--verify: that is for" } else { "--prefetch: give it to" };
+            return Err(Failure::usage(format!("--mem uffd has no {what} the page server")));
+        }
+        match (&self.dir, &self.state, &self.memory) {
+            (Some(dir), ..) => paths(dir),
+            (None, Some(state), Some(memory)) => Ok(StorePaths::files(state, memory)),
+            // The memory file is the page server's business.
+            (None, Some(state), None) if served => Ok(StorePaths::files(state, "")),
+            _ => Err(Failure::usage("say which snapshot: a folder, or --state and --memory")),
+        }
+    }
 }

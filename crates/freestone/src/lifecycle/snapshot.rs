@@ -207,7 +207,7 @@ fn info(dir: &Path) -> Result<(Value, String), Failure> {
     let base = memory.base().map(|base| base.to_string());
     let bytes = stored.layout().size();
     let on_disk =
-        stored.memory_file().metadata().map(|found| std::os::unix::fs::MetadataExt::blocks(&found) * 512)?;
+        stored.memory_file()?.metadata().map(|found| std::os::unix::fs::MetadataExt::blocks(&found) * 512)?;
     let list: Vec<_> = sections
         .iter()
         .map(|section| json!({ "name": section.name, "version": section.version, "bytes": section.length, "optional": section.optional }))

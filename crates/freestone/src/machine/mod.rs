@@ -7,12 +7,14 @@
 
 mod command;
 mod config;
+mod memory;
 mod restore;
 mod snapshot;
 mod vm;
 
 pub(crate) use command::Commander;
 pub(crate) use config::{Config, ConfigSection};
+pub(crate) use memory::{MemorySource, PageSource, RecordRequest, read as read_working_set};
 pub(crate) use restore::{Named, Remap, RestoreRequest, restore};
 pub(crate) use snapshot::{Kind, PROGRAM, SnapshotRequest};
 pub(crate) use vm::{Origin, Status, Vm};

@@ -1,13 +1,16 @@
 //! Making a machine of the reference VMM again: from files, or from a template of another process.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use freestone_kvm::Kvm;
 use freestone_vmm::hypervisor::x86::ClockPolicy;
+use freestone_vmm::memory::GuestMem;
 use freestone_vmm::net::mmds::MmdsStore;
 use freestone_vmm::store::{StorePaths, Stored};
 
 use super::config::{Config, ConfigSection};
+use super::memory::{Care, Lifeline, MemorySource, Prefetcher, RecordRequest, Recorder};
 use super::vm::{Origin, Vm};
 use crate::cli::Run;
 use crate::console::Console;
@@ -21,6 +24,12 @@ use crate::specs::{PmemSpec, VsockSpec};
 pub(crate) struct RestoreRequest {
     /// The snapshot.
     pub(crate) paths: StorePaths,
+    /// Where its memory comes from.
+    pub(crate) memory: MemorySource,
+    /// A working set, whose pages are made present while the machine starts.
+    pub(crate) prefetch: Option<PathBuf>,
+    /// Whether the pages that are used are written down.
+    pub(crate) record: Option<RecordRequest>,
     /// What the clock shows.
     pub(crate) clock: ClockPolicy,
     /// Whether all of memory is compared with its checksums before.
@@ -38,6 +47,9 @@ impl RestoreRequest {
     pub(crate) fn new(paths: StorePaths) -> Self {
         Self {
             paths,
+            memory: MemorySource::File,
+            prefetch: None,
+            record: None,
             clock: ClockPolicy::Continue,
             verify: false,
             track: false,
@@ -59,13 +71,13 @@ pub(crate) struct Remap {
     /// The sockets' path.
     pub(crate) vsock: Option<VsockSpec>,
     /// The same, where the guest's number stays.
-    pub(crate) vsock_path: Option<std::path::PathBuf>,
+    pub(crate) vsock_path: Option<PathBuf>,
     /// Network cards by name, of which only what they are plugged into is another.
     pub(crate) net_kinds: Vec<Named<NetSpec>>,
     /// What the metadata service says.
     pub(crate) metadata: Option<MmdsStore>,
     /// The control socket: `Some(None)` for none.
-    pub(crate) control: Option<Option<std::path::PathBuf>>,
+    pub(crate) control: Option<Option<PathBuf>>,
 }
 
 /// `NAME=SPEC` on a command line.
@@ -159,7 +171,10 @@ pub(crate) fn restore(
     console: &Console,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(Vm, Run), Failure> {
-    let mut stored = Stored::open(&request.paths)?;
+    let mut stored = match &request.memory {
+        MemorySource::File => Stored::open(&request.paths)?,
+        MemorySource::Uffd(_) => Stored::open_state(request.paths.state())?,
+    };
     if request.verify {
         stored.verify(progress)?;
     }
@@ -169,11 +184,21 @@ pub(crate) fn restore(
     run.cpus = stored.machine().cpus();
     run.track_dirty |= request.track;
     run.count_exits = request.count_exits;
-    let memory = stored.map(run.track_dirty)?;
+    let (memory, care) = memory(request, &stored, run.track_dirty)?;
     let id = stored.memory().id();
     let origin = Origin::Restore { sections: stored.sections(), memory, clock: request.clock };
     let mut vm = Vm::create(kvm, config, &run, console, origin)?;
-    stored.fill(&vm.machine)?;
+    vm.care = care;
+    match &mut vm.care.lifeline {
+        Some(lifeline) => {
+            lifeline.hold(vm.machine.handle());
+            lifeline.served().fill(&vm.machine)?;
+        }
+        None => stored.fill(&vm.machine)?,
+    }
+    if let Some(record) = &request.record {
+        vm.care.recorder = Some(Recorder::new(record, stored.layout(), vm.commander())?);
+    }
     stored.finish()?;
     if run.track_dirty {
         let mut paused = vm.machine.paused()?;
@@ -181,4 +206,21 @@ pub(crate) fn restore(
         paused.set_base(id);
     }
     Ok((vm, run))
+}
+
+/// The machine's memory, and what has to live as long.
+fn memory(request: &RestoreRequest, stored: &Stored, log: bool) -> Result<(GuestMem, Care), Failure> {
+    let mut care = Care::default();
+    let memory = match &request.memory {
+        MemorySource::File => stored.map(log)?,
+        MemorySource::Uffd(source) => {
+            let (memory, lifeline) = Lifeline::connect(stored, source, log)?;
+            care.lifeline = Some(lifeline);
+            memory
+        }
+    };
+    if let Some(file) = &request.prefetch {
+        care.prefetcher = Some(Prefetcher::start(file, &memory, stored.layout())?);
+    }
+    Ok((memory, care))
 }

@@ -21,6 +21,7 @@ use freestone_vmm::{Attention, ExitReason, FileSource, Machine, MachineBuilder, 
 
 use super::command::{Commander, Job};
 use super::config::Config;
+use super::memory::Care;
 use crate::attach::Attached;
 use crate::cli::{ConsoleKind, MemoryBacking, Protocol, Run, Transport};
 use crate::console::Console;
@@ -73,6 +74,8 @@ pub(crate) struct Vm {
     button: PowerButton,
     jobs: Receiver<Job>,
     commander: Commander,
+    // Pages may be asked for until all of the above is gone.
+    pub(super) care: Care,
 }
 
 impl Vm {
@@ -141,6 +144,7 @@ impl Vm {
             button: handle,
             jobs,
             commander,
+            care: Care::default(),
         })
     }
 
@@ -164,8 +168,21 @@ impl Vm {
                 }
             }
         };
-        self.machine.stop()?;
+        let stopped = self.machine.stop();
+        // What is told is the cause.
+        if let Some(lifeline) = &self.care.lifeline {
+            lifeline.release()?;
+        }
+        stopped?;
+        self.record();
         Ok(reason)
+    }
+
+    /// Writes down which memory was used, if that was asked for.
+    pub(super) fn record(&mut self) {
+        if let Some(recorder) = &mut self.care.recorder {
+            recorder.record(self.machine.memory());
+        }
     }
 
     /// Makes guest and devices stand still.

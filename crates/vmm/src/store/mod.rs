@@ -9,14 +9,20 @@ mod id;
 mod memory;
 mod read;
 mod rebase;
+#[cfg(feature = "uffd")]
+mod serve;
 mod template;
 mod track;
+mod working_set;
 mod write;
 
 pub use id::Id;
 pub use memory::MemorySection;
 pub use read::Stored;
 pub(crate) use read::fill;
+#[cfg(feature = "uffd")]
+pub use serve::{Served, Watch, Watcher};
 pub use template::Template;
 pub(crate) use track::Tracker;
+pub use working_set::WorkingSet;
 pub use write::{Kind, StoreOptions, StorePaths, StoreReport};

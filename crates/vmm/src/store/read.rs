@@ -18,15 +18,16 @@ use super::write::StorePaths;
 use crate::saved::MachineSection;
 use crate::{Error, Machine, Result};
 
-/// A snapshot whose state was read and checked, and whose memory file is open.
+/// A snapshot whose state was read and checked, and whose memory file is open, unless it was opened by its
+/// [state](Self::open_state) alone.
 #[derive(Debug)]
 pub struct Stored {
     pub(super) sections: Sections,
     pub(super) section: MemorySection,
     pub(super) layout: ImageLayout,
     pub(super) extents: Extents,
-    machine: MachineSection,
-    memory: Arc<File>,
+    pub(super) machine: MachineSection,
+    memory: Option<Arc<File>>,
     path: PathBuf,
 }
 
@@ -37,7 +38,22 @@ impl Stored {
     /// [`Error::Snapshot`] if the state is damaged or not for this version or architecture; [`Error::Memory`] if the memory file
     /// cannot be opened; [`Error::Stored`] if it is of another snapshot.
     pub fn open(paths: &StorePaths) -> Result<Self> {
-        let reader = SnapshotFile::open(paths.state(), Limits::default())?;
+        let mut stored = Self::open_state(paths.state())?;
+        let path = paths.memory_of(&stored.section)?;
+        let memory = image::open(&path).map_err(|source| Error::File { path: path.clone(), source })?;
+        stored.path = path;
+        stored.check_memory(&memory)?;
+        stored.memory = Some(Arc::new(memory));
+        Ok(stored)
+    }
+
+    /// Opens the state of a snapshot whose memory is elsewhere: with a page server, for one.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), of the state.
+    pub fn open_state(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let reader = SnapshotFile::open(path, Limits::default())?;
         reader.header().check_arch(Arch::host())?;
         let mut sections = Sections::load(reader)?;
         let section: MemorySection = sections.take()?;
@@ -45,20 +61,15 @@ impl Stored {
         let layout = section.layout()?;
         machine.check_layout(&layout)?;
         let extents = section.extents(&layout)?;
-        let path = paths.memory_of(&section)?;
-        let memory =
-            Arc::new(image::open(&path).map_err(|source| Error::File { path: path.clone(), source })?);
-        let stored = Self { sections, section, layout, extents, machine, memory, path };
-        stored.check_memory()?;
-        Ok(stored)
+        Ok(Self { sections, section, layout, extents, machine, memory: None, path: path.to_owned() })
     }
 
-    fn check_memory(&self) -> Result<()> {
-        if is_sealed(&self.memory) {
+    fn check_memory(&self, memory: &File) -> Result<()> {
+        if is_sealed(memory) {
             // A file in memory that a template made together with its state, and that nobody can make shorter.
             return Ok(());
         }
-        let found = Id::of_memory(&self.memory, self.layout.size());
+        let found = Id::of_memory(memory, self.layout.size());
         let found = found.map_err(|source| Error::Io { op: "read the end of a memory file", source })?;
         let wrong = |reason| Err(Error::Stored { path: self.path.clone(), reason });
         match found {
@@ -78,14 +89,20 @@ impl Stored {
         &self.machine
     }
 
-    /// Name of the memory file.
+    /// Name of the memory file, or of the state if only that was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// The memory file.
-    pub fn memory_file(&self) -> &Arc<File> {
-        &self.memory
+    ///
+    /// # Errors
+    /// [`Error::Stored`] if only the [state](Self::open_state) was opened.
+    pub fn memory_file(&self) -> Result<&Arc<File>> {
+        self.memory.as_ref().ok_or_else(|| Error::Stored {
+            path: self.path.clone(),
+            reason: "only the state was opened, without the memory file".to_owned(),
+        })
     }
 
     /// Where what is in the memory file.
@@ -107,7 +124,7 @@ impl Stored {
             let reason = "it was written without checksums of memory".to_owned();
             return Err(Error::Stored { path: self.path.clone(), reason });
         };
-        image::verify(&self.memory, &self.layout, &self.extents, checksums, progress)
+        image::verify(self.memory_file()?, &self.layout, &self.extents, checksums, progress)
             .map_err(|source| Error::File { path: self.path.clone(), source })
     }
 
@@ -119,7 +136,7 @@ impl Stored {
     /// cannot be mapped.
     pub fn map(&self, log: bool) -> Result<GuestMem> {
         self.expect_full()?;
-        map(&self.memory, self.machine.ram(), log)
+        map(self.memory_file()?, self.machine.ram(), log)
     }
 
     pub(super) fn expect_full(&self) -> Result<()> {
@@ -150,7 +167,20 @@ impl Stored {
     /// # Errors
     /// [`Error::Memory`] if the file cannot be read or the machine has no such memory.
     pub fn fill<H: Hypervisor>(&self, machine: &Machine<H>) -> Result<()> {
-        fill(&self.memory, &self.layout, &self.machine, machine.memory())
+        if self.beyond_ram() == 0 {
+            return Ok(());
+        }
+        fill(self.memory_file()?, &self.layout, &self.machine, machine.memory())
+    }
+
+    /// Bytes of memory that devices had plugged in beside the RAM.
+    pub(super) fn beyond_ram(&self) -> u64 {
+        self.layout.size().saturating_sub(self.ram_size())
+    }
+
+    pub(super) fn ram_size(&self) -> u64 {
+        // The layout begins with these, so the sum is no larger than its size.
+        self.machine.ram().iter().map(|range| range.len).sum()
     }
 }
 

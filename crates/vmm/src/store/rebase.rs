@@ -42,7 +42,7 @@ impl Stored {
         let file = aside.file();
         let mut sums = self.copy_base(base, file, progress)?;
         let (layout, extents) = (&self.layout, &self.extents);
-        image::apply_diff(file, self.memory_file(), layout, extents, sums.as_deref_mut(), progress)?;
+        image::apply_diff(file, self.memory_file()?, layout, extents, sums.as_deref_mut(), progress)?;
         section.id.write_trailer(file, layout.size())?;
         section.base = None;
         section.extents = vec![(0, layout.size())];
@@ -70,7 +70,7 @@ impl Stored {
                 built: format!("{} bytes in {} ranges", base.layout.size(), base.layout.ranges().len()),
             });
         }
-        image::copy_sparse(base.memory_file(), file, progress)?;
+        image::copy_sparse(base.memory_file()?, file, progress)?;
         Ok(base.section.checksums.clone())
     }
 }
