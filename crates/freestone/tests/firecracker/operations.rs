@@ -84,7 +84,7 @@ fn configure(vmm: &Vmm) {
         &json!({"kernel_image_path": "life", "boot_args": "every=8 spin=2000 memory=256 vsock=off"}),
     );
     vmm.put("/cpu-config", &json!({"kvm_capabilities": ["0"], "cpuid_modifiers": [
-        {"leaf": "0x40000100", "subleaf": "0x0", "flags": 0, "modifiers": [{"register": "eax", "bitmap": "0b101"}]}]}));
+        {"leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [{"register": "ecx", "bitmap": "0b0xxx"}]}]}));
     let drive = json!({"drive_id": "data", "path_on_host": "disk.img", "is_root_device": false, "rate_limiter": limiter(1 << 30)});
     vmm.put("/drives/data", &drive);
     let pmem = json!({"id": "store", "path_on_host": "pmem.img", "rate_limiter": limiter(1 << 30)});
