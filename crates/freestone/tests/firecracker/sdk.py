@@ -1,6 +1,8 @@
 """Leads a machine through its life by a client that knows nothing of Freestone. Its own words are all of this file's."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -8,12 +10,25 @@ import time
 from firecracker.api import Api
 
 
+PROCESSES = []
+
+
+def listens(path):
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(path) == 0
+
+
+def give_up(*_):
+    raise TimeoutError("it takes too long")
+
+
 class Vmm:
     def __init__(self, name):
         self.socket = os.path.abspath(name + ".sock")
         path = ["./firecracker", "--api-sock", self.socket, "--id", name]
         self.process = subprocess.Popen(path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        while not os.path.exists(self.socket):
+        PROCESSES.append(self.process)
+        while not listens(self.socket):
             assert self.process.poll() is None, "it ended"
             time.sleep(0.01)
         self.api = Api(self.socket)
@@ -84,4 +99,11 @@ def main():
     print("the whole life")
 
 
-sys.exit(main())
+signal.signal(signal.SIGALRM, give_up)
+signal.alarm(180)
+try:
+    sys.exit(main())
+finally:
+    # Whoever reads their output waits for their end.
+    for process in PROCESSES:
+        process.kill()
