@@ -68,7 +68,9 @@ mod tests {
         assert_eq!(spec.cards, ["eth0", "eth1"]);
         assert_eq!(spec.config().ipv4, Ipv4Addr::new(169, 254, 1, 2));
         assert!(spec.version == MmdsVersion::V2 && spec.imds_compat);
-        for (text, part) in [("v=1", "which cards"), ("a,ipv4=10.0.0.1", "10.0.0.1"), ("a,version=v3", "v1 and v2")] {
+        for (text, part) in
+            [("v=1", "which cards"), ("a,ipv4=10.0.0.1", "10.0.0.1"), ("a,version=v3", "v1 and v2")]
+        {
             let error = text.parse::<MmdsSpec>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
         }

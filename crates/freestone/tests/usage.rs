@@ -175,7 +175,7 @@ fn more_devices_than_a_transport_has_room_for_are_refused_with_the_number() {
         ["run", "--transport", transport].into_iter().chain(devices).collect::<Vec<_>>()
     };
     refused(&run("mmio", "--disk", 17), 2, &["18 virtio devices", "room for 17", "--transport pci"]);
-    refused(&run("mmio", "--disk", 17), 1, &["/nonexistent"]);
+    refused(&run("mmio", "--disk", 16), 1, &["/nonexistent"]);
     refused(&run("pci", "--pmem", 31), 2, &["32 virtio devices", "room for 31"]);
     refused(&run("pci", "--disk", 26), 2, &["26 disks", "25 times"]);
 }

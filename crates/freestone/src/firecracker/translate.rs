@@ -251,7 +251,6 @@ fn restored_net(number: u32, net: &crate::net::NetSpec) -> NetworkInterface {
         mtu: net.mtu,
         rx_rate_limiter: RateLimiter::of(net.rx.bandwidth, net.rx.iops),
         tx_rate_limiter: RateLimiter::of(net.tx.bandwidth, net.tx.iops),
-        ..NetworkInterface::default()
     }
 }
 

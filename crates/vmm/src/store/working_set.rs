@@ -108,7 +108,9 @@ impl WorkingSet {
         match lines.next() {
             Some((_, MAGIC)) => {}
             _ => {
-                return Err(format!("it is no working set of this version: it does not begin with {MAGIC:?}"));
+                return Err(format!(
+                    "it is no working set of this version: it does not begin with {MAGIC:?}"
+                ));
             }
         }
         let size = lines.next().and_then(|(_, line)| number(line.strip_prefix("image ")?));
