@@ -1,5 +1,5 @@
 //! The program by Firecracker's name: its command line, and a machine's life by its API, on the real engine.
-#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod hostile;
 mod operations;
