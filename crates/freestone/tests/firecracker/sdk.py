@@ -1,6 +1,5 @@
 """Leads a machine through its life by a client that knows nothing of Freestone. Its own words are all of this file's."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -24,7 +23,8 @@ def give_up(*_):
 
 class Vmm:
     def __init__(self, name):
-        self.socket = os.path.abspath(name + ".sock")
+        # Relative: the SDK makes a host of the path, in small letters.
+        self.socket = name + ".sock"
         path = ["./firecracker", "--api-sock", self.socket, "--id", name]
         self.process = subprocess.Popen(path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         PROCESSES.append(self.process)
