@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use freestone_vmm::block::{
     self, Backing, DiskOptions, Engine, FormatChoice, Image, ImageFormat, RawImage, RawOptions,
@@ -16,10 +17,12 @@ use freestone_vmm::virtio::{Mem, MemConfig, Pmem, PmemConfig, Transport, VirtioD
 
 use crate::cli::{self, ConsoleKind, Run};
 use crate::console::Console;
-use crate::control::{Controls, limiter};
+use crate::control::Controls;
 use crate::demo;
 use crate::disk::DiskSpec;
 use crate::failure::Failure;
+use crate::limits::limiter;
+use crate::metadata::Metadata;
 use crate::net::{self, Pump, Threads};
 
 /// The most disks: as many as there are letters. A transport may have less room.
@@ -58,6 +61,7 @@ impl Attached {
             transport,
         };
         net::check(&args.nets)?;
+        args.mmds.as_ref().map_or(Ok(()), |mmds| net::check_metadata(&args.nets, mmds))?;
         room(args)?;
         attached.disks(args)?;
         attached.nets(args)?;
@@ -88,11 +92,18 @@ impl Attached {
                 .reporting(spec.reporting)
                 .hinting(spec.hinting);
             let balloon = Balloon::new(config)?;
-            self.controls.balloon = Some(balloon.handle());
+            let handle = balloon.handle();
+            if let Some(seconds) = spec.stats {
+                handle.set_statistics_interval(Some(Duration::from_secs(seconds.into())))?;
+            }
+            self.controls.balloon = Some(handle);
             self.device(balloon, "balloon");
         }
         for (number, spec) in args.pmems.iter().enumerate() {
-            let config = PmemConfig::new().read_only(spec.read_only).reserve(spec.reserve);
+            let mut config = PmemConfig::new().read_only(spec.read_only).reserve(spec.reserve);
+            if let Some(limiter) = limiter(spec.bandwidth, spec.iops) {
+                config = config.rate_limiter(limiter);
+            }
             let name = format!("pmem{number}");
             // A flush waits until the file is durable: not on the thread of the other devices.
             let thread = Arc::new(ThreadSpawner::new(&name)?);
@@ -167,7 +178,11 @@ impl Attached {
     }
 
     fn nets(&mut self, args: &Run) -> Result<(), Failure> {
-        let (cards, nics) = net::attach(&args.nets)?;
+        let metadata = args.mmds.clone().map(|spec| {
+            let store = args.metadata.clone().unwrap_or_default();
+            Metadata { spec, store }
+        });
+        let (cards, nics) = net::attach(&args.nets, metadata.as_ref())?;
         self.controls.nics = nics;
         for card in cards {
             self.pumps.extend(card.pump.map(|pump| (pump, card.threads.clone())));
@@ -219,7 +234,7 @@ fn room(args: &Run) -> Result<(), Failure> {
 }
 
 /// Opens a disk's image. Also says whether its requests hold up the thread they are made on.
-fn open(spec: &DiskSpec) -> Result<(Arc<dyn Image>, bool), Failure> {
+pub(crate) fn open(spec: &DiskSpec) -> Result<(Arc<dyn Image>, bool), Failure> {
     let format = block::choose(&spec.path, spec.format.choice())?;
     if format == ImageFormat::Raw {
         let options = RawOptions::new().read_only(spec.read_only).direct(spec.direct);

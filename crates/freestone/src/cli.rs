@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand};
+use freestone_vmm::net::mmds::MmdsStore;
 
 use crate::completions::Completions;
 use crate::control::Ctl;
@@ -11,10 +12,11 @@ use crate::disk::DiskSpec;
 use crate::lifecycle::{
     ConsoleArgs, Fork, Logs, Many, Migrate, Ps, Receive, Restore, Rm, Snapshot, StatsArgs, Stop,
 };
+use crate::metadata::MmdsSpec;
 use crate::net::{self, NetSpec};
 use crate::place::PlaceArgs;
 use crate::size;
-use crate::specs::{BalloonSpec, HotplugSpec, PmemSpec, RngSpec, VsockSpec};
+use crate::specs::{BalloonSpec, CpuSpec, HotplugSpec, PmemSpec, RngSpec, SerialSpec, VsockSpec};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -189,7 +191,8 @@ pub(crate) struct Run {
     /// Attach a disk image. May be repeated: the first is /dev/vda, then vdb, and so on. The built-in guest has a vda of its own.
     ///
     /// Options: ro; format=raw, qcow2 or probe; backing=on; queues=N; engine=auto, sync or uring; cache=writeback or writethrough;
-    /// direct; serial=TEXT; block-size=512 or 4096; bandwidth=SIZE and iops=N (in a second); thread=on or off. A comma in a
+    /// direct; serial=TEXT; block-size=512 or 4096; bandwidth=SIZE and iops=N (in a second, or of a bucket:
+    /// SIZE/BURST/TIME); thread=on or off. A comma in a
     /// name is written twice.
     ///
     /// An image is raw unless it was made as something else by `freestone image create`, or a format is given. `probe` goes by
@@ -230,6 +233,26 @@ pub(crate) struct Run {
     #[arg(long, value_enum, value_name = "KIND", default_value_t = ConsoleKind::Serial)]
     pub(crate) console: ConsoleKind,
 
+    /// Append the output of the first serial port to a file or a named pipe. Options: bandwidth=SIZE drops what is more.
+    #[arg(long, value_name = "FILE[,OPTION]")]
+    pub(crate) serial: Option<SerialSpec>,
+
+    /// Change bits of CPUID and MSRs: the JSON of a custom CPU template of Firecracker.
+    #[arg(long, value_name = "JSON")]
+    pub(crate) cpu_template: Option<CpuSpec>,
+
+    /// Cards that lead to the metadata service, which the API fills.
+    #[arg(long, value_name = "CARD+...[,OPTION...]", hide = true)]
+    pub(crate) mmds: Option<MmdsSpec>,
+
+    /// What the API knows of the machine.
+    #[arg(long, value_name = "JSON", hide = true)]
+    pub(crate) api_config: Option<String>,
+
+    /// What the metadata service says.
+    #[arg(skip)]
+    pub(crate) metadata: Option<MmdsStore>,
+
     #[command(flatten)]
     pub(crate) place: PlaceArgs,
 
@@ -252,6 +275,7 @@ impl Run {
         let join = |path: &mut PathBuf| *path = folder.join(&*path);
         let single = [&mut self.kernel, &mut self.initrd, &mut self.control];
         single.into_iter().flatten().for_each(join);
+        self.serial.iter_mut().for_each(|serial| join(&mut serial.path));
         self.vsock.iter_mut().for_each(|vsock| join(&mut vsock.path));
         self.disks.iter_mut().for_each(|disk| join(&mut disk.path));
         self.pmems.iter_mut().for_each(|pmem| join(&mut pmem.path));

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use signal_hook::consts::SIGWINCH;
 
 use crate::failure::Failure;
+use crate::specs::SerialSpec;
 use crate::terminal::{self, RawTerminal};
 
 /// The console on its way into a machine.
@@ -37,17 +38,24 @@ impl Console {
         Self { machine: Arc::default(), end: Some(end) }
     }
 
-    /// The first serial port.
-    pub(crate) fn serial(&self) -> Result<SerialPlug, Failure> {
+    /// The first serial port; its output goes to `file`, if one is said.
+    pub(crate) fn serial(&self, file: Option<&SerialSpec>) -> Result<SerialPlug, Failure> {
+        let file = file.map(SerialSpec::open).transpose()?;
         if let Some(end) = &self.end {
             let input = SerialInput::new(end.try_clone()?);
-            return Ok(SerialPlug::com1(end.try_clone()?, Some(input)));
+            return Ok(match file {
+                Some(file) => SerialPlug::com1(file, Some(input)),
+                None => SerialPlug::com1(end.try_clone()?, Some(input)),
+            });
         }
         let mut input = SerialInput::stdin()?;
         if terminal::is_terminal() {
             input = input.escapes(self.keys());
         }
-        Ok(SerialPlug::com1(io::stdout(), Some(input)))
+        Ok(match file {
+            Some(file) => SerialPlug::com1(file, Some(input)),
+            None => SerialPlug::com1(io::stdout(), Some(input)),
+        })
     }
 
     /// A virtio console of the size of the terminal.

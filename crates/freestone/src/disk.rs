@@ -5,9 +5,10 @@ use std::str::FromStr;
 
 use freestone_vmm::block::{Engine, FormatChoice, ImageFormat};
 use freestone_vmm::virtio::blk::ID_LEN;
+use freestone_vmm::virtio::rate::TokenBucket;
 
+use crate::limits;
 use crate::options::Options;
-use crate::size;
 
 /// The options of a disk, for messages.
 const KNOWN: &str =
@@ -38,10 +39,10 @@ pub(crate) struct DiskSpec {
     pub(crate) serial: Option<String>,
     /// Logical block size in bytes.
     pub(crate) block_size: Option<u32>,
-    /// Bytes a second.
-    pub(crate) bandwidth: Option<u64>,
-    /// Requests a second.
-    pub(crate) iops: Option<u64>,
+    /// Limit of bytes.
+    pub(crate) bandwidth: Option<TokenBucket>,
+    /// Limit of requests.
+    pub(crate) iops: Option<TokenBucket>,
     /// Whether the disk has a thread of its own; nothing said: where its I/O blocks.
     pub(crate) thread: Option<bool>,
 }
@@ -88,8 +89,8 @@ impl FromStr for DiskSpec {
             direct: options.switch("direct")?.unwrap_or(false),
             serial: options.with("serial", serial)?,
             block_size: options.with("block-size", block_size)?,
-            bandwidth: options.with("bandwidth", size::parse_rate)?,
-            iops: options.with("iops", positive)?,
+            bandwidth: options.with("bandwidth", limits::bytes)?,
+            iops: options.with("iops", limits::operations)?,
             thread: options.switch("thread")?,
         };
         options.finish(KNOWN)?;
@@ -174,7 +175,8 @@ mod tests {
         assert_eq!(disk.format, Format::Qcow2);
         assert!(disk.read_only && disk.backing && disk.writethrough && disk.direct);
         assert_eq!((disk.queues, disk.engine, disk.block_size), (Some(4), Engine::Uring, Some(4096)));
-        assert_eq!((disk.bandwidth, disk.iops, disk.thread), (Some(10 << 20), Some(500), Some(false)));
+        let rate = |rate| Some(TokenBucket::per_second(rate));
+        assert_eq!((disk.bandwidth, disk.iops, disk.thread), (rate(10 << 20), rate(500), Some(false)));
         assert_eq!(disk.serial.as_deref(), Some("x"));
     }
 

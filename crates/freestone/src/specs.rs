@@ -3,15 +3,20 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::disk::positive;
+use freestone_vmm::devices::{OutputLimit, SerialFile};
+use freestone_vmm::vcpu::template::CpuTemplate;
+use freestone_vmm::virtio::rate::TokenBucket;
+
+use crate::failure::Failure;
+use crate::limits;
 use crate::options::Options;
 use crate::size;
 
 /// An entropy device: `on`, or limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RngSpec {
-    pub(crate) bandwidth: Option<u64>,
-    pub(crate) iops: Option<u64>,
+    pub(crate) bandwidth: Option<TokenBucket>,
+    pub(crate) iops: Option<TokenBucket>,
 }
 
 impl FromStr for RngSpec {
@@ -21,8 +26,8 @@ impl FromStr for RngSpec {
         let mut options = Options::parse(text, None)?;
         on(&mut options)?;
         let spec = Self {
-            bandwidth: options.with("bandwidth", size::parse_rate)?,
-            iops: options.with("iops", positive)?,
+            bandwidth: options.with("bandwidth", limits::bytes)?,
+            iops: options.with("iops", limits::operations)?,
         };
         options.finish("bandwidth, iops")?;
         Ok(spec)
@@ -36,6 +41,8 @@ pub(crate) struct BalloonSpec {
     pub(crate) deflate_on_oom: bool,
     pub(crate) reporting: bool,
     pub(crate) hinting: bool,
+    /// Seconds between statistics.
+    pub(crate) stats: Option<u16>,
 }
 
 impl FromStr for BalloonSpec {
@@ -49,6 +56,12 @@ impl FromStr for BalloonSpec {
             deflate_on_oom: options.switch("deflate-on-oom")?.unwrap_or(true),
             reporting: options.switch("reporting")?.unwrap_or(true),
             hinting: options.switch("hinting")?.unwrap_or(false),
+            stats: options.with("stats", |text| {
+                text.parse()
+                    .ok()
+                    .filter(|&seconds| seconds > 0)
+                    .ok_or_else(|| "say seconds, from 1 on".to_owned())
+            })?,
         };
         options.finish("target, deflate-on-oom, reporting, hinting")?;
         Ok(spec)
@@ -94,6 +107,8 @@ pub(crate) struct PmemSpec {
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
     pub(crate) reserve: bool,
+    pub(crate) bandwidth: Option<TokenBucket>,
+    pub(crate) iops: Option<TokenBucket>,
 }
 
 impl FromStr for PmemSpec {
@@ -105,9 +120,59 @@ impl FromStr for PmemSpec {
             path: options.text("path")?.ok_or("persistent memory needs path=FILE")?.into(),
             read_only: options.switch("ro")?.unwrap_or(false),
             reserve: options.switch("reserve")?.unwrap_or(true),
+            bandwidth: options.with("bandwidth", limits::bytes)?,
+            iops: options.with("iops", limits::operations)?,
         };
-        options.finish("path, ro, reserve")?;
+        options.finish("path, ro, reserve, bandwidth, iops")?;
         Ok(spec)
+    }
+}
+
+/// A file for the output of the serial port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SerialSpec {
+    pub(crate) path: PathBuf,
+    pub(crate) bandwidth: Option<TokenBucket>,
+}
+
+impl SerialSpec {
+    /// Opens it.
+    pub(crate) fn open(&self) -> Result<SerialFile, Failure> {
+        let limit = self.bandwidth.map(|bucket| OutputLimit {
+            size: bucket.size,
+            one_time_burst: bucket.one_time_burst,
+            refill_time: bucket.refill_time,
+        });
+        SerialFile::open(&self.path, limit)
+            .map_err(|e| Failure::new(format!("cannot open {:?} for the serial port: {e}", self.path)))
+    }
+}
+
+impl FromStr for SerialSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut options = Options::parse(text, Some("path"))?;
+        let spec = Self {
+            path: options.text("path")?.ok_or("the output of the serial port needs path=FILE")?.into(),
+            bandwidth: options.with("bandwidth", limits::bytes)?,
+        };
+        options.finish("path, bandwidth")?;
+        Ok(spec)
+    }
+}
+
+/// Changes to the CPU, as JSON.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct CpuSpec(pub(crate) CpuTemplate);
+
+impl FromStr for CpuSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let template: CpuTemplate = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        template.check().map_err(|error| error.to_string())?;
+        Ok(Self(template))
     }
 }
 

@@ -302,7 +302,7 @@ impl Controller {
         }
         let event = json!({"event": "snapshot", "path": what.snapshot_path.display().to_string(), "type": what.snapshot_type});
         let done = self.done_then(ticket, |controller| controller.tell(event));
-        self.engine.snapshot(what, done);
+        self.engine.snapshot(&self.vm, what, done);
         Ok(Outcome::Later)
     }
 

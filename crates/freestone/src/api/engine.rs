@@ -29,8 +29,8 @@ pub(crate) trait Engine: Send {
     /// Runs them again. Not called of a running machine.
     fn resume(&mut self, done: Done<()>);
 
-    /// Writes a snapshot of a paused machine.
-    fn snapshot(&mut self, what: SnapshotCreate, done: Done<()>);
+    /// Writes a snapshot of a paused machine, which is `vm` as far as the API knows.
+    fn snapshot(&mut self, vm: &VmResources, what: SnapshotCreate, done: Done<()>);
 
     /// Makes a machine of a snapshot, and runs it if `what.resume_vm`. Answers with the configuration that it has. If that
     /// fails, nothing is left of it. Exactly one of `what.mem_file_path` and `what.mem_backend` is there.

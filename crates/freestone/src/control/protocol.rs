@@ -11,6 +11,7 @@ use freestone_vmm::virtio::rate::{RateLimiter, TokenBucket};
 use freestone_vmm::virtio::rng::RngHandle;
 use freestone_vmm::virtio::{DeviceStats, Latencies, MemHandle, PmemHandle, QueueCounts};
 
+use crate::limits;
 use crate::machine::MigrateRequest;
 use crate::net::Nics;
 use crate::size;
@@ -224,14 +225,7 @@ impl Controls {
 
 /// A limit of so many bytes and requests a second.
 pub(crate) fn limiter(bandwidth: Option<u64>, iops: Option<u64>) -> Option<RateLimiter> {
-    let mut limiter = RateLimiter::new();
-    if let Some(bytes) = bandwidth {
-        limiter = limiter.bandwidth(TokenBucket::per_second(bytes));
-    }
-    if let Some(requests) = iops {
-        limiter = limiter.ops(TokenBucket::per_second(requests));
-    }
-    (bandwidth.is_some() || iops.is_some()).then_some(limiter)
+    limits::limiter(bandwidth.map(TokenBucket::per_second), iops.map(TokenBucket::per_second))
 }
 
 fn device(stats: &DeviceStats) -> Value {

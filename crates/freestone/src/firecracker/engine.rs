@@ -7,11 +7,12 @@ use freestone_kvm::Kvm;
 use freestone_vmm::ExitReason;
 use freestone_vmm::devices::I8042Handle;
 use freestone_vmm::hypervisor::x86::ClockPolicy;
+use freestone_vmm::net::mmds::MmdsStore;
 use freestone_vmm::store::{Kind, StorePaths, Watch};
-use freestone_vmm::virtio::balloon::{BalloonHandle, HintRun};
+use freestone_vmm::virtio::balloon::BalloonHandle;
 use serde_json::{Map, Value, json};
 
-use super::translate::{from_run, interval, per_second, to_args};
+use super::translate::{from_run, interval, to_args};
 use crate::api::engine::{Done, DriveChange, Engine};
 use crate::api::fault::Fault;
 use crate::api::mailbox::Notifier;
@@ -20,25 +21,30 @@ use crate::api::model::{
     SnapshotCreate, SnapshotLoad, SnapshotType,
 };
 use crate::api::resources::{OWN_NETWORK, VmResources};
+use crate::attach::open;
 use crate::cli::Run;
 use crate::console::Console;
 use crate::control::{Controls, Request};
+use crate::disk::DiskSpec;
 use crate::failure::Failure;
 use crate::machine::{
     Commander, Config, MemorySource, Named, Origin, PageSource, Remap, RestoreRequest, SnapshotRequest, Vm,
     restore,
 };
 use crate::net::NetSpec;
-use crate::specs::VsockSpec;
+
+/// The option that keeps what the API knows.
+const API_CONFIG: &str = "api-config";
 
 /// The machine, once there is one.
 struct Live {
     commander: Commander,
     controls: Arc<Controls>,
     keys: I8042Handle,
-    /// Names of the disks by the API's, in order.
-    disks: Vec<String>,
-    /// The guest's vCPUs and what they did, for the metrics.
+    /// The disks in order, by the API's names.
+    disks: Vec<(String, DiskSpec)>,
+    /// The API's names of persistent memories.
+    pmems: Vec<String>,
     slot_mib: u32,
 }
 
@@ -47,11 +53,13 @@ pub(super) struct Real {
     notifier: Notifier,
     pci: bool,
     live: Arc<Mutex<Option<Live>>>,
+    /// What the guest reads from the metadata service.
+    metadata: MmdsStore,
 }
 
 impl Real {
-    pub(super) fn new(notifier: Notifier, pci: bool) -> Self {
-        Self { notifier, pci, live: Arc::default() }
+    pub(super) fn new(notifier: Notifier, pci: bool, mmds_limit: usize) -> Self {
+        Self { notifier, pci, live: Arc::default(), metadata: MmdsStore::new(mmds_limit) }
     }
 
     /// Does `job` with the machine, quickly; or says that there is none.
@@ -97,35 +105,33 @@ impl Real {
     /// Makes a machine by `make` on a thread of its own, and conducts it there; `done` is told when it is made.
     fn conduct<T: Send + 'static>(
         &self,
-        slot_mib: u32,
         done: Done<T>,
-        make: impl FnOnce(&Kvm, &Console) -> Result<(Vm, Run, T), Failure> + Send + 'static,
+        make: impl FnOnce(&Kvm, &Console) -> Result<(Vm, Run, VmResources, T), Failure> + Send + 'static,
         go: bool,
     ) {
         let (live, notifier) = (Arc::clone(&self.live), self.notifier.clone());
         let machine = move || {
             let console = Console::new();
             let made = Kvm::open().map_err(Failure::from).and_then(|kvm| {
-                let (mut vm, run, answer) = make(&kvm, &console)?;
+                let (mut vm, run, resources, answer) = make(&kvm, &console)?;
                 let terminal = console.attach(vm.machine.handle())?;
                 if go {
                     vm.go()?;
                 }
-                Ok((vm, run, answer, terminal))
+                Ok((vm, run, resources, answer, terminal))
             });
-            let (mut vm, run, answer, terminal) = match made {
+            let (mut vm, run, resources, answer, terminal) = match made {
                 Ok(made) => made,
                 Err(failure) => return done.answer(Err(failure.into())),
             };
-            let names = ('a'..='z').zip(&run.disks);
-            let disks =
-                names.map(|(letter, disk)| disk.serial.clone().unwrap_or_else(|| format!("vd{letter}")));
+            let drives = resources.drives.iter().map(|drive| drive.drive_id.clone());
             let new = Live {
                 commander: vm.commander(),
                 controls: Arc::clone(&vm.controls),
                 keys: vm.keys.clone(),
-                disks: disks.collect(),
-                slot_mib,
+                disks: drives.zip(run.disks).collect(),
+                pmems: resources.pmem.iter().map(|pmem| pmem.id.clone()).collect(),
+                slot_mib: resources.memory_hotplug.map_or(0, |memory| memory.slot_size_mib),
             };
             *live.lock().unwrap_or_else(PoisonError::into_inner) = Some(new);
             done.ok(answer);
@@ -158,20 +164,20 @@ fn status(reason: &ExitReason) -> u8 {
 
 impl Engine for Real {
     fn start(&mut self, vm: &VmResources, done: Done<()>) {
-        let args = match check(vm).and_then(|()| to_args(vm, self.pci)) {
+        let args = match to_args(vm, self.pci) {
             Ok(args) => args,
             Err(fault) => return done.answer(Err(fault)),
         };
         let vm = vm.clone();
-        let slot = vm.memory_hotplug.map_or(0, |memory| memory.slot_size_mib);
+        let metadata = self.metadata.clone();
         let make = move |kvm: &Kvm, console: &Console| {
             let config = Config::new(args, std::env::current_dir()?);
-            let run = config.parse()?;
+            let mut run = config.parse()?;
+            run.metadata = Some(metadata);
             let made = Vm::create(kvm, config, &run, console, Origin::Boot)?;
-            limit(&vm, &made.controls);
-            Ok((made, run, ()))
+            Ok((made, run, vm, ()))
         };
-        self.conduct(slot, done, make, true);
+        self.conduct(done, make, true);
     }
 
     fn pause(&mut self, done: Done<()>) {
@@ -182,7 +188,13 @@ impl Engine for Real {
         self.send(done, Vm::go);
     }
 
-    fn snapshot(&mut self, what: SnapshotCreate, done: Done<()>) {
+    fn snapshot(&mut self, vm: &VmResources, what: SnapshotCreate, done: Done<()>) {
+        // What the API knows is kept with the machine: whoever loads it knows it again.
+        let known = VmResources { logger: None, metrics: None, ..vm.clone() };
+        let known = match serde_json::to_string(&known) {
+            Ok(known) => known,
+            Err(error) => return done.answer(Err(Fault::internal(format!("no JSON: {error}")))),
+        };
         let kind = match what.snapshot_type {
             SnapshotType::Full => Kind::Full,
             SnapshotType::Diff => Kind::Diff,
@@ -198,55 +210,90 @@ impl Engine for Real {
                 notifier.event(json!({"event": "snapshot-progress", "bytes": bytes, "all": all}));
             }
         };
-        self.send(done, move |vm| vm.snapshot(&SnapshotRequest { paths, kind }, &mut progress).map(drop));
+        self.send(done, move |vm| {
+            vm.config_mut().set(API_CONFIG, &known);
+            vm.snapshot(&SnapshotRequest { paths, kind }, &mut progress).map(drop)
+        });
     }
 
     fn load(&mut self, what: SnapshotLoad, done: Done<VmResources>) {
-        let request = match request(&what) {
+        let mut request = match request(&what) {
             Ok(request) => request,
             Err(fault) => return done.answer(Err(fault)),
         };
+        request.remap.metadata = Some(self.metadata.clone());
+        let go = what.resume_vm;
         let make = move |kvm: &Kvm, console: &Console| {
-            let (vm, run) = restore(kvm, &request, console, &mut |_, _| {})?;
-            let resources = from_run(&run);
-            Ok((vm, run, resources))
+            let (mut vm, run) = restore(kvm, &request, console, &mut |_, _| {})?;
+            let resources = known(&run, &what)?;
+            if run.api_config.is_some() {
+                limit(&resources, &vm.controls);
+            }
+            moved(&mut vm, &what);
+            Ok((vm, run, resources.clone(), resources))
         };
-        self.conduct(128, done, make, what.resume_vm);
+        self.conduct(done, make, go);
     }
 
     fn patch_drive(&mut self, id: &str, change: DriveChange, done: Done<()>) {
-        let outcome = self.with(|live| {
-            let place = live.disks.iter().position(|name| name == id);
-            let found = place.and_then(|place| live.controls.disks.get(place));
-            let (_, disk) = found.ok_or_else(|| Fault::bad_request(format!("There is no drive {id:?}.")))?;
-            if let Some(limiter) = change.limiter {
-                disk.set_rate_limiter(limiter.limiter());
-            }
-            if change.path.is_some() {
-                // The image is looked at again: its size may be another.
-                disk.resize().map_err(|error| Fault::bad_request(format!("drive {id}: {error}")))?;
-            }
-            Ok(())
+        let live = Arc::clone(&self.live);
+        let found = self.with(|live| {
+            let found = live.disks.iter().enumerate().find(|(_, (name, _))| name == id);
+            let (number, (_, spec)) = found.ok_or_else(|| no_drive(id))?;
+            // The built-in guest has a disk of its own in front.
+            let own = live.controls.disks.len().saturating_sub(live.disks.len());
+            let (_, disk) = live.controls.disks.get(number + own).ok_or_else(|| no_drive(id))?;
+            Ok((number, spec.clone(), disk.clone(), live.commander.clone()))
         });
-        done.answer(outcome);
+        let (number, mut spec, disk, commander) = match found {
+            Ok(found) => found,
+            Err(fault) => return done.answer(Err(fault)),
+        };
+        if let Some(limiter) = change.limiter {
+            disk.set_rate_limiter(limiter.limiter());
+        }
+        let Some(path) = change.path else { return done.ok(()) };
+        let id = id.to_owned();
+        // Not on the API's thread: a file may be slow to open.
+        let exchange = move || {
+            let absolute = std::path::absolute(&path).unwrap_or(path);
+            spec.path.clone_from(&absolute);
+            let replaced =
+                open(&spec).and_then(|(image, _)| disk.replace(image).map(drop).map_err(Failure::from));
+            if let Err(failure) = replaced {
+                return done.fail(format!("drive {id}: {failure}"));
+            }
+            if let Some(live) = live.lock().unwrap_or_else(PoisonError::into_inner).as_mut()
+                && let Some((_, kept)) = live.disks.get_mut(number)
+            {
+                *kept = spec;
+            }
+            let known = move |vm: &mut Vm| {
+                let path = absolute.to_string_lossy();
+                vm.config_mut().amend("disk", number, |text| with_path(text, &path));
+                done.ok(());
+            };
+            commander.send(known);
+        };
+        // What could not be started was dropped, which answers.
+        drop(thread::Builder::new().name("api-drive".to_owned()).spawn(exchange));
     }
 
     fn patch_net(&mut self, id: &str, rx: Option<RateLimiter>, tx: Option<RateLimiter>, done: Done<()>) {
-        let rate = |limiter: Option<RateLimiter>, pick: fn(RateLimiter) -> _| {
-            limiter.and_then(pick).and_then(per_second)
-        };
-        let request = Request::NetLimit {
-            nic: id.to_owned(),
-            rx_bandwidth: rate(rx, |limiter| limiter.bandwidth),
-            rx_iops: rate(rx, |limiter| limiter.ops),
-            tx_bandwidth: rate(tx, |limiter| limiter.bandwidth),
-            tx_iops: rate(tx, |limiter| limiter.ops),
-        };
-        self.ask(done, move |controls| controls.nics.carry_out(request).map(drop));
+        done.answer(self.with(|live| {
+            let limiter = |limiter: Option<RateLimiter>| limiter.map(|limiter| limiter.limiter());
+            live.controls.nics.limit(id, limiter(rx), limiter(tx)).map_err(Fault::bad_request)
+        }));
     }
 
-    fn patch_pmem(&mut self, _id: &str, _limiter: RateLimiter, done: Done<()>) {
-        done.fail("Persistent memory has no rate limit here.");
+    fn patch_pmem(&mut self, id: &str, limiter: RateLimiter, done: Done<()>) {
+        done.answer(self.with(|live| {
+            let place = live.pmems.iter().position(|name| name == id);
+            let pmem = place.and_then(|place| live.controls.pmems.get(place)).map(|(_, pmem)| pmem);
+            let none = || Fault::bad_request(format!("There is no pmem device {id:?}."));
+            pmem.ok_or_else(none)?.set_rate_limiter(limiter.limiter());
+            Ok(())
+        }));
     }
 
     fn balloon_target(&mut self, mib: u32, done: Done<()>) {
@@ -266,21 +313,20 @@ impl Engine for Real {
         done.answer(self.balloon(|balloon| Ok(statistics(balloon))));
     }
 
-    fn hinting_start(&mut self, _acknowledge: bool, done: Done<()>) {
-        done.answer(
-            self.balloon(|balloon| balloon.start_hinting().map_err(|e| Fault::from(Failure::from(e)))),
-        );
+    fn hinting_start(&mut self, acknowledge: bool, done: Done<()>) {
+        done.answer(self.balloon(|balloon| {
+            let started = match acknowledge {
+                true => balloon.start_hinting(),
+                false => balloon.start_hinting_and_hold(),
+            };
+            started.map_err(|e| Fault::from(Failure::from(e)))
+        }));
     }
 
     fn hinting_status(&mut self, done: Done<BalloonHinting>) {
         done.answer(self.balloon(|balloon| {
-            // 0 and 1 mean stop and done (virtio 1.2, 5.5.6.5); a run has a number above.
-            let (host_cmd, guest_cmd) = match balloon.hint_run() {
-                HintRun::Requested => (2, None),
-                HintRun::Running => (2, Some(2)),
-                _ => (1, None),
-            };
-            Ok(BalloonHinting { host_cmd, guest_cmd })
+            let status = balloon.hinting_status();
+            Ok(BalloonHinting { host_cmd: status.host_command, guest_cmd: status.guest_command })
         }));
     }
 
@@ -318,8 +364,11 @@ impl Engine for Real {
         done.answer(self.with(|live| live.keys.ctrl_alt_del().map_err(|e| Fault::from(Failure::from(e)))));
     }
 
-    fn mmds(&mut self, _contents: &Value) {
-        // Guests cannot read it yet: see `check`.
+    fn mmds(&mut self, contents: &Value) {
+        // The API has looked at it: it is an object, and not too large.
+        if let Err(error) = self.metadata.put(contents.clone()) {
+            tracing::warn!(%error, "the guest does not see the new metadata");
+        }
     }
 
     fn metrics(&mut self, done: Done<Map<String, Value>>) {
@@ -361,25 +410,57 @@ impl Engine for Real {
     }
 }
 
-/// What the API takes and this machine cannot be yet.
-fn check(vm: &VmResources) -> Result<(), Fault> {
-    let serial = vm.serial.as_ref();
-    let missing = [
-        (vm.mmds_config.is_some(), "the metadata service (mmds-config)"),
-        (serial.is_some_and(|serial| serial.serial_out_path.is_some()), "serial_out_path"),
-        (serial.is_some_and(|serial| serial.rate_limiter.is_some()), "a rate limit of the serial port"),
-        (vm.pmem.iter().any(|pmem| pmem.rate_limiter.is_some()), "a rate limit of persistent memory"),
-    ];
-    match missing.iter().find(|(asked, _)| *asked) {
-        Some((_, what)) => {
-            Err(Fault::bad_request(format!("Cannot start the microVM: {what} is not supported.")))
+fn no_drive(id: &str) -> Fault {
+    Fault::bad_request(format!("There is no drive {id:?}."))
+}
+
+/// The text of a disk, with another image.
+fn with_path(text: &str, path: &str) -> String {
+    let is_path = |number: usize, key: Option<&str>| key == Some("path") || (number == 0 && key.is_none());
+    crate::options::map(text, |number, key, _| is_path(number, key).then(|| path.to_owned()))
+}
+
+/// What a restored machine is, with what `what` has in place of what it had.
+fn known(run: &Run, what: &SnapshotLoad) -> Result<VmResources, Failure> {
+    let mut vm = match &run.api_config {
+        Some(text) => serde_json::from_str(text)
+            .map_err(|e| Failure::new(format!("the snapshot's configuration by the API: {e}")))?,
+        None => from_run(run),
+    };
+    vm.boot_source = None;
+    vm.machine_config.track_dirty_pages = run.track_dirty;
+    for other in &what.network_overrides {
+        if let Ok(net) = vm.net(&other.iface_id) {
+            net.host_dev_name.clone_from(&other.host_dev_name);
         }
-        None => Ok(()),
+    }
+    if let (Some(vsock), Some(other)) = (&mut vm.vsock, &what.vsock_override) {
+        vsock.uds_path.clone_from(&other.uds_path);
+    }
+    Ok(vm)
+}
+
+/// Has the next snapshot know where the machine is now.
+fn moved(vm: &mut Vm, what: &SnapshotLoad) {
+    if let Some(other) = &what.vsock_override
+        && let Ok(path) = std::path::absolute(&other.uds_path)
+    {
+        vm.config_mut().amend("vsock", 0, |text| with_path(text, &path.to_string_lossy()));
     }
 }
 
-/// Limits in the form in which the command line has none: with a time and a burst.
+/// Limits as they were when the machine was saved: they may be others than when it was started.
 fn limit(vm: &VmResources, controls: &Controls) {
+    let limiter = |limiter: Option<RateLimiter>| limiter.and_then(|limiter| limiter.limiter());
+    for net in &vm.network_interfaces {
+        let (rx, tx) = (limiter(net.rx_rate_limiter), limiter(net.tx_rate_limiter));
+        if let Err(error) = controls.nics.limit(&net.iface_id, Some(rx), Some(tx)) {
+            tracing::warn!(error, "a network card has no limits");
+        }
+    }
+    for (pmem, (_, handle)) in vm.pmem.iter().zip(&controls.pmems) {
+        handle.set_rate_limiter(limiter(pmem.rate_limiter));
+    }
     for (drive, (_, disk)) in vm.drives.iter().zip(&controls.disks) {
         disk.set_rate_limiter(drive.rate_limiter.and_then(|limiter| limiter.limiter()));
     }
@@ -420,12 +501,8 @@ fn request(what: &SnapshotLoad) -> Result<RestoreRequest, Fault> {
         Ok::<_, Fault>(named)
     };
     request.remap = Remap {
-        nets: what.network_overrides.iter().map(net).collect::<Result<_, _>>()?,
-        vsock: what
-            .vsock_override
-            .as_ref()
-            // The number is the machine's.
-            .map(|vsock| VsockSpec { path: vsock.uds_path.clone(), cid: 3 }),
+        net_kinds: what.network_overrides.iter().map(net).collect::<Result<_, _>>()?,
+        vsock_path: what.vsock_override.as_ref().map(|vsock| vsock.uds_path.clone()),
         ..Remap::default()
     };
     Ok(request)

@@ -188,7 +188,6 @@ pub(crate) fn firecracker(args: &Firecracker) -> Result<ExitCode, Failure> {
 fn serve(args: &Firecracker) -> Result<ExitCode, Failure> {
     crate::files::raise_limit();
     let mailbox = Mailbox::new()?;
-    let engine = Real::new(Notifier::new(&mailbox), args.enable_pci);
     let instance = Instance {
         id: args.id.clone(),
         mmds_limit: args.mmds_size_limit.unwrap_or(args.http_api_max_payload_size),
@@ -198,6 +197,7 @@ fn serve(args: &Firecracker) -> Result<ExitCode, Failure> {
             "parent_cpu_time_us": args.parent_cpu_time_us,
         }),
     };
+    let engine = Real::new(Notifier::new(&mailbox), args.enable_pci, instance.mmds_limit);
     let mut controller = Controller::new(instance, Box::new(engine), Arc::clone(&mailbox));
     observe(args, &mut controller).map_err(|fault| Failure::new(fault.to_string()))?;
     let socket = match args.no_api {

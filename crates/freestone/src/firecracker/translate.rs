@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::api::fault::Fault;
 use crate::api::model::{
-    Balloon, BootSource, Drive, HugePages, IoEngine, MachineConfig, MemoryHotplug, NetworkInterface, Pmem,
-    TokenBucket, Vsock,
+    Balloon, BootSource, Drive, Entropy, HugePages, IoEngine, MachineConfig, MemoryHotplug, MmdsConfig,
+    MmdsVersion, NetworkInterface, Pmem, RateLimiter, Serial, TokenBucket, Vsock,
 };
 use crate::api::resources::{OWN_NETWORK, VmResources};
 use crate::cli::{MemoryBacking, Run};
@@ -31,9 +31,6 @@ fn path(path: &Path) -> Result<String, Fault> {
 
 /// The arguments that follow `run`.
 pub(super) fn to_args(vm: &VmResources, pci: bool) -> Result<Vec<String>, Fault> {
-    if vm.cpu_config.is_some() {
-        return refuse("cpu-config is not supported");
-    }
     let mut args = Vec::new();
     let mut push = |name: &str, value: String| args.push(format!("--{name}={value}"));
     boot(vm, pci, &mut push)?;
@@ -52,14 +49,19 @@ pub(super) fn to_args(vm: &VmResources, pci: bool) -> Result<Vec<String>, Fault>
     }
     for pmem in &vm.pmem {
         let read_only = if pmem.read_only { ",ro" } else { "" };
-        push("pmem", format!("path={}{read_only}", path(&pmem.path_on_host)?));
+        let limits = limits("", pmem.rate_limiter);
+        push("pmem", format!("path={}{read_only}{limits}", path(&pmem.path_on_host)?));
     }
     if let Some(balloon) = &vm.balloon {
         let on = |on: bool| if on { "on" } else { "off" };
+        let stats = match balloon.stats_polling_interval_s {
+            0 => String::new(),
+            seconds => format!(",stats={seconds}"),
+        };
         push(
             "balloon",
             format!(
-                "target={}M,deflate-on-oom={},reporting={},hinting={}",
+                "target={}M,deflate-on-oom={},reporting={},hinting={}{stats}",
                 balloon.amount_mib,
                 on(balloon.deflate_on_oom),
                 on(balloon.free_page_reporting),
@@ -73,8 +75,22 @@ pub(super) fn to_args(vm: &VmResources, pci: bool) -> Result<Vec<String>, Fault>
     if let Some(memory) = &vm.memory_hotplug {
         push("memory-hotplug", format!("{}M,block={}M", memory.total_size_mib, memory.block_size_mib));
     }
-    if vm.entropy.is_some() {
-        push("rng", "on".to_owned());
+    if let Some(entropy) = vm.entropy {
+        push("rng", format!("on{}", limits("", entropy.rate_limiter)));
+    }
+    if let Some(serial) = vm.serial.as_ref().filter(|serial| **serial != Serial::default()) {
+        // A limit alone is one of standard output.
+        let out = serial.serial_out_path.as_deref().unwrap_or(Path::new("/dev/stdout"));
+        let limit =
+            limits("", serial.rate_limiter.map(|bucket| RateLimiter { bandwidth: Some(bucket), ops: None }));
+        push("serial", format!("path={}{limit}", path(out)?));
+    }
+    if let Some(config) = &vm.cpu_config {
+        let json = serde_json::to_string(config);
+        push("cpu-template", json.map_err(|e| Fault::internal(format!("cpu-config: no JSON: {e}")))?);
+    }
+    if let Some(mmds) = &vm.mmds_config {
+        push("mmds", metadata(mmds));
     }
     if machine.track_dirty_pages {
         args.push("--track-dirty".to_owned());
@@ -123,6 +139,7 @@ fn disk(drive: &Drive) -> Result<String, Fault> {
     if drive.io_engine == Some(IoEngine::Sync) {
         spec.push_str(",engine=sync");
     }
+    spec.push_str(&limits("", drive.rate_limiter));
     Ok(spec)
 }
 
@@ -138,22 +155,34 @@ fn card(net: &NetworkInterface) -> String {
     if let Some(mtu) = net.mtu {
         spec.push_str(&format!(",mtu={mtu}"));
     }
-    let limits = [("rx", net.rx_rate_limiter), ("tx", net.tx_rate_limiter)];
-    for (way, limiter) in limits.into_iter().filter_map(|(way, limiter)| Some((way, limiter?))) {
-        for (what, bucket) in [("bandwidth", limiter.bandwidth), ("iops", limiter.ops)] {
-            if let Some(rate) = bucket.and_then(per_second) {
-                spec.push_str(&format!(",{way}-{what}={rate}"));
-            }
-        }
-    }
+    spec.push_str(&limits("rx-", net.rx_rate_limiter));
+    spec.push_str(&limits("tx-", net.tx_rate_limiter));
     spec
 }
 
-/// What a bucket comes to in a second, for what knows no other limit.
-pub(super) fn per_second(bucket: TokenBucket) -> Option<u64> {
-    let bucket = bucket.bucket()?;
-    let millis = u64::try_from(bucket.refill_time.as_millis()).ok()?.max(1);
-    Some((bucket.size.saturating_mul(1000) / millis).max(1))
+/// The options that limit a device: buckets to the letter.
+fn limits(way: &str, limiter: Option<RateLimiter>) -> String {
+    let limiter = limiter.unwrap_or_default();
+    let mut text = String::new();
+    for (what, unit, bucket) in [("bandwidth", "b", limiter.bandwidth), ("iops", "", limiter.ops)] {
+        if let Some(TokenBucket { size, one_time_burst, refill_time }) =
+            bucket.filter(|bucket| bucket.bucket().is_some())
+        {
+            let burst = one_time_burst.unwrap_or(0);
+            text.push_str(&format!(",{way}{what}={size}{unit}/{burst}{unit}/{refill_time}ms"));
+        }
+    }
+    text
+}
+
+fn metadata(mmds: &MmdsConfig) -> String {
+    let version = match mmds.version {
+        MmdsVersion::V1 => "v1",
+        MmdsVersion::V2 => "v2",
+    };
+    let compat = if mmds.imds_compat { "on" } else { "off" };
+    let (cards, address) = (mmds.network_interfaces.join("+"), mmds.ipv4_address);
+    format!("cards={cards},ipv4={address},version={version},imds-compat={compat}")
 }
 
 /// What a restored machine is made of, as the API tells it. Nobody knows any more what it booted.
@@ -182,7 +211,7 @@ pub(super) fn from_run(run: &Run) -> VmResources {
         balloon: run.balloon.map(|balloon| Balloon {
             amount_mib: small(balloon.target),
             deflate_on_oom: balloon.deflate_on_oom,
-            stats_polling_interval_s: 0,
+            stats_polling_interval_s: balloon.stats.unwrap_or(0),
             free_page_hinting: balloon.hinting,
             free_page_reporting: balloon.reporting,
         }),
@@ -191,7 +220,11 @@ pub(super) fn from_run(run: &Run) -> VmResources {
             slot_size_mib: 128,
             block_size_mib: memory.block.map_or(2, small),
         }),
-        entropy: run.rng.map(|_| crate::api::model::Entropy::default()),
+        entropy: run.rng.map(|rng| Entropy { rate_limiter: RateLimiter::of(rng.bandwidth, rng.iops) }),
+        serial: run.serial.as_ref().map(|serial| Serial {
+            serial_out_path: Some(serial.path.clone()),
+            rate_limiter: serial.bandwidth.map(TokenBucket::of),
+        }),
         ..VmResources::default()
     }
 }
@@ -201,6 +234,7 @@ fn restored_drive(letter: char, disk: &crate::disk::DiskSpec) -> Drive {
         drive_id: disk.serial.clone().unwrap_or_else(|| format!("vd{letter}")),
         is_read_only: Some(disk.read_only),
         path_on_host: Some(disk.path.clone()),
+        rate_limiter: RateLimiter::of(disk.bandwidth, disk.iops),
         ..Drive::default()
     }
 }
@@ -215,7 +249,8 @@ fn restored_net(number: u32, net: &crate::net::NetSpec) -> NetworkInterface {
         host_dev_name,
         guest_mac: net.mac.map(|mac| mac.to_string()),
         mtu: net.mtu,
-        ..NetworkInterface::default()
+        rx_rate_limiter: RateLimiter::of(net.rx.bandwidth, net.rx.iops),
+        tx_rate_limiter: RateLimiter::of(net.tx.bandwidth, net.tx.iops),
     }
 }
 
@@ -224,6 +259,7 @@ fn restored_pmem(number: u32, pmem: &crate::specs::PmemSpec) -> Pmem {
         id: format!("pmem{number}"),
         path_on_host: pmem.path.clone(),
         read_only: pmem.read_only,
+        rate_limiter: RateLimiter::of(pmem.bandwidth, pmem.iops),
         ..Pmem::default()
     }
 }

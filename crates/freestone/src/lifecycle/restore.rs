@@ -115,7 +115,7 @@ impl RemapArgs {
     /// What they mean, with this control socket.
     pub(super) fn remap(&self, control: Option<PathBuf>) -> Remap {
         let Self { disks, nets, pmems, vsock } = self.clone();
-        Remap { disks, nets, pmems, vsock, control: Some(control) }
+        Remap { disks, nets, pmems, vsock, control: Some(control), ..Remap::default() }
     }
 }
 

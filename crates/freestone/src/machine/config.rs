@@ -95,6 +95,30 @@ impl Config {
         places
     }
 
+    /// Changes the value of the `number`th of an option; whether there is one. The option is known by its name without dashes.
+    pub(crate) fn amend(&mut self, option: &str, number: usize, change: impl FnOnce(&str) -> String) -> bool {
+        let whole = format!("--{option}");
+        let with_value = format!("--{option}=");
+        let mut places =
+            (0..).zip(&self.args).filter(|(_, arg)| **arg == whole || arg.starts_with(&with_value));
+        let Some(place) = places.nth(number).map(|(place, _)| place) else { return false };
+        let (at, prefix) = match self.args.get(place) {
+            Some(arg) if *arg == whole => (place + 1, ""),
+            _ => (place, with_value.as_str()),
+        };
+        let Some(arg) = self.args.get_mut(at) else { return false };
+        let value = change(arg.strip_prefix(prefix).unwrap_or_default());
+        *arg = format!("{prefix}{value}");
+        true
+    }
+
+    /// Sets an option that may be there once.
+    pub(crate) fn set(&mut self, option: &str, value: &str) {
+        if !self.amend(option, 0, |_| value.to_owned()) {
+            self.args.push(format!("--{option}={value}"));
+        }
+    }
+
     /// The arguments.
     pub(crate) fn args(&self) -> &[String] {
         &self.args

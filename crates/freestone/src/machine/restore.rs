@@ -6,6 +6,7 @@ use std::str::FromStr;
 use freestone_kvm::Kvm;
 use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::memory::GuestMem;
+use freestone_vmm::net::mmds::MmdsStore;
 use freestone_vmm::store::{StorePaths, Stored};
 use freestone_vmm::vcpu::Severity;
 
@@ -74,6 +75,12 @@ pub(crate) struct Remap {
     pub(crate) pmems: Vec<Named<PmemSpec>>,
     /// The sockets' path.
     pub(crate) vsock: Option<VsockSpec>,
+    /// The same, where the guest's number stays.
+    pub(crate) vsock_path: Option<PathBuf>,
+    /// Network cards by name, of which only what they are plugged into is another.
+    pub(crate) net_kinds: Vec<Named<NetSpec>>,
+    /// What the metadata service says.
+    pub(crate) metadata: Option<MmdsStore>,
     /// The control socket: `Some(None)` for none.
     pub(crate) control: Option<Option<PathBuf>>,
 }
@@ -102,7 +109,15 @@ impl Remap {
         let run = config.parse()?;
         let pmems = (0..run.pmems.len()).map(|n| format!("pmem{n}")).collect();
         replace("disk", disk_names(&run), &self.disks, config)?;
-        replace("net", net_names(&run), &self.nets, config)?;
+        let nets = net_names(&run);
+        for card in &self.net_kinds {
+            let at = nets
+                .iter()
+                .position(|name| *name == card.name)
+                .ok_or_else(|| missing("net", &card.name, &nets))?;
+            config.amend("net", at, |old| plugged(old, &card.text));
+        }
+        replace("net", nets, &self.nets, config)?;
         replace("pmem", pmems, &self.pmems, config)?;
         if let Some(vsock) = &self.vsock {
             if run.vsock.is_none() {
@@ -111,7 +126,14 @@ impl Remap {
             let path = vsock.path.to_string_lossy().replace(',', ",,");
             config.replace("vsock", 0, &format!("path={path},cid={}", vsock.cid))?;
         }
+        if let Some(path) = &self.vsock_path {
+            let cid =
+                run.vsock.as_ref().ok_or_else(|| Failure::usage("the snapshot's machine has no vsock"))?.cid;
+            let path = path.to_string_lossy().replace(',', ",,");
+            config.replace("vsock", 0, &format!("path={path},cid={cid}"))?;
+        }
         let mut run = config.parse()?;
+        run.metadata.clone_from(&self.metadata);
         if let Some(control) = &self.control {
             run.control = control.clone();
         }
@@ -130,6 +152,18 @@ pub(super) fn net_names(run: &Run) -> Vec<String> {
     (0..).zip(&run.nets).map(|(n, net)| net.id.clone().unwrap_or(format!("net{n}"))).collect()
 }
 
+/// The description of a card that keeps its options and is plugged into something else: both begin with what that is.
+fn plugged(old: &str, into: &str) -> String {
+    let end = |text: &str| {
+        let bytes = text.as_bytes();
+        let comma = |at: &usize| bytes.get(*at) == Some(&b',');
+        let doubled = |at: usize| comma(&(at + 1)) || (at > 0 && comma(&(at - 1)));
+        (0..bytes.len()).find(|at| comma(at) && !doubled(*at)).unwrap_or(bytes.len())
+    };
+    let rest = old.get(end(old)..).unwrap_or_default();
+    format!("{}{rest}", into.get(..end(into)).unwrap_or(into))
+}
+
 /// Puts each of `others` in the place of the one of `--option` that has its name.
 fn replace<T>(
     option: &str,
@@ -140,21 +174,20 @@ fn replace<T>(
     for other in others {
         match names.iter().position(|name| *name == other.name) {
             Some(at) => config.replace(option, at, &other.text)?,
-            None => {
-                let what = match option {
-                    "net" => "network card",
-                    "pmem" => "persistent memory",
-                    other => other,
-                };
-                let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-                let name = &other.name;
-                return Err(Failure::usage(format!(
-                    "the snapshot's machine has no {what} {name:?}; it has: {there}"
-                )));
-            }
+            None => return Err(missing(option, &other.name, &names)),
         }
     }
     Ok(())
+}
+
+fn missing(option: &str, name: &str, names: &[String]) -> Failure {
+    let what = match option {
+        "net" => "network card",
+        "pmem" => "persistent memory",
+        other => other,
+    };
+    let there = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    Failure::usage(format!("the snapshot's machine has no {what} {name:?}; it has: {there}"))
 }
 
 /// Makes the machine of a snapshot. It is paused: [`Vm::go`] lets it go on. Nothing of it runs if anything does not fit.

@@ -15,6 +15,7 @@ use freestone_vmm::devices::{
 use freestone_vmm::hypervisor::x86::ClockPolicy;
 use freestone_vmm::memory::{Backing, GuestMem, GuestMemBuilder, HugePageSize};
 use freestone_vmm::snapshot::Sections;
+use freestone_vmm::vcpu::template::CpuTemplate;
 use freestone_vmm::virtio::console::ConsoleHandle;
 use freestone_vmm::{Attention, ExitReason, FileSource, Machine, MachineBuilder, Payload, State, loader};
 
@@ -29,6 +30,7 @@ use crate::control::Controls;
 use crate::failure::Failure;
 use crate::net::{Pump, Threads};
 use crate::size;
+use crate::specs::CpuSpec;
 
 /// Where a machine comes from.
 pub(crate) enum Origin<'a> {
@@ -101,7 +103,11 @@ impl Vm {
         let attached = Attached::new(run, console)?;
         let mut builder = MachineBuilder::new(kvm).cpus(run.cpus).stats(run.stats || run.count_exits);
         if run.console == ConsoleKind::Serial {
-            builder = builder.device(console.serial()?);
+            builder = builder.device(console.serial(run.serial.as_ref())?);
+        }
+        if let Some(CpuSpec(template)) = &run.cpu_template {
+            capabilities(kvm, template)?;
+            builder = builder.cpu_template(template.clone());
         }
         let keyboard = I8042Plug::new().keyboard();
         let keys = keyboard.handle();
@@ -243,9 +249,24 @@ impl Vm {
         &self.config
     }
 
+    /// The same, to be changed: what a snapshot keeps from now on.
+    pub(crate) fn config_mut(&mut self) -> &mut Config {
+        &mut self.config
+    }
+
     /// A handle for other threads.
     pub(crate) fn commander(&self) -> Commander {
         self.commander.clone()
+    }
+}
+
+/// Whether the hypervisor has what a template of the CPU asks for.
+fn capabilities(kvm: &Kvm, template: &CpuTemplate) -> Result<(), Failure> {
+    match template.required_capabilities().find(|&number| kvm.capability(number) == 0) {
+        Some(number) => Err(Failure::new(format!(
+            "the CPU template needs the capability {number} of KVM, which this host does not have"
+        ))),
+        None => Ok(()),
     }
 }
 

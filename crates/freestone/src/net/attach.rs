@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use freestone_vmm::bus::{Pollable, Progress, Registration, Source, Spawn, ThreadSpawner, Work};
+use freestone_vmm::net::mmds::MmdsPort;
 use freestone_vmm::net::nat::Nat;
 use freestone_vmm::net::pcap::{Capture, Pcap};
 use freestone_vmm::net::stream::{StreamOptions, StreamPort};
@@ -21,9 +22,10 @@ use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use super::cable::Cable;
 use super::control::{Nic, Nics, Place};
 use super::spec::{Kind, NetSpec, StreamSpec, TapSpec};
-use crate::control::limiter;
 use crate::failure::Failure;
 use crate::files::Dialer;
+use crate::limits::limiter;
+use crate::metadata::Metadata;
 
 /// The address of the first card in a user network, where nobody else can have it: QEMU's.
 const FIRST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
@@ -49,6 +51,15 @@ impl Work for Pump {
 
     fn process(&mut self) -> Progress {
         if self.0.step() { Progress::More } else { Progress::Idle }
+    }
+}
+
+/// Whether there are the cards that lead to the metadata service.
+pub(crate) fn check_metadata(specs: &[NetSpec], metadata: &crate::metadata::MmdsSpec) -> Result<(), Failure> {
+    let known: Vec<_> = specs.iter().enumerate().map(|(number, spec)| name(number, spec)).collect();
+    match metadata.cards.iter().find(|card| !known.contains(card)) {
+        Some(card) => Err(Failure::usage(format!("--mmds: there is no network card {card:?}"))),
+        None => Ok(()),
     }
 }
 
@@ -99,7 +110,7 @@ fn name(number: usize, spec: &NetSpec) -> String {
 }
 
 /// Makes the cards, which were [checked](check), and what controls them.
-pub(crate) fn attach(specs: &[NetSpec]) -> Result<(Vec<Card>, Nics), Failure> {
+pub(crate) fn attach(specs: &[NetSpec], metadata: Option<&Metadata>) -> Result<(Vec<Card>, Nics), Failure> {
     let (mut cards, mut nics) = (Vec::new(), Nics::default());
     for (number, spec) in specs.iter().enumerate() {
         let name = name(number, spec);
@@ -108,7 +119,10 @@ pub(crate) fn attach(specs: &[NetSpec]) -> Result<(Vec<Card>, Nics), Failure> {
         }
         let mac = mac(number, spec)?;
         let cable = Cable::new(spec.link);
-        let (port, place) = plug(spec, &name, mac, &cable)?;
+        let (mut port, place) = plug(spec, &name, mac, &cable)?;
+        if let Some(metadata) = metadata.filter(|metadata| metadata.spec.cards.contains(&name)) {
+            port = Box::new(MmdsPort::new(port, metadata.spec.config(), metadata.store.clone())?);
+        }
         let (card, nic) = card(name, spec, mac, port, place, cable)?;
         cards.push(card);
         nics.push(nic);

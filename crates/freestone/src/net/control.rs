@@ -96,6 +96,19 @@ impl Nics {
         }
     }
 
+    /// Changes the limits of a card, each way; what is `None` stays.
+    pub(crate) fn limit(
+        &self,
+        id: &str,
+        rx: Option<Option<RateLimiter>>,
+        tx: Option<Option<RateLimiter>>,
+    ) -> Result<(), String> {
+        let handle = &self.nic(id)?.handle;
+        let (old_rx, old_tx) = handle.rate_limiters();
+        handle.set_rate_limiters(rx.unwrap_or(old_rx), tx.unwrap_or(old_tx));
+        Ok(())
+    }
+
     fn nic(&self, id: &str) -> Result<&Nic, String> {
         self.0.iter().find(|nic| nic.id == id).ok_or_else(|| match self.0.as_slice() {
             [] => "this machine has no network card: see --net".to_owned(),

@@ -9,7 +9,7 @@ mod show;
 mod spec;
 mod user;
 
-pub(crate) use attach::{Pump, Threads, attach, check, count};
+pub(crate) use attach::{Pump, Threads, attach, check, check_metadata, count};
 pub(crate) use command::{Net, What};
 pub(crate) use control::Nics;
 pub(crate) use host::{Host, look};

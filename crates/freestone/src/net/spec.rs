@@ -8,11 +8,11 @@ use freestone_vmm::net::MacAddr;
 use freestone_vmm::net::nat::NatConfig;
 use freestone_vmm::net::stream::StreamAddr;
 use freestone_vmm::net::switch::{Vlan, VlanSet};
+use freestone_vmm::virtio::rate::TokenBucket;
 
 use super::user;
-use crate::disk::positive;
+use crate::limits;
 use crate::options::Options;
-use crate::size;
 
 /// What there is to plug a card into, for messages.
 const KINDS: &str = "user, tap=NAME, switch=NAME, stream=PATH and none";
@@ -79,10 +79,10 @@ pub(crate) struct NetSpec {
 /// A rate limit one way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Rate {
-    /// Bytes a second.
-    pub(crate) bandwidth: Option<u64>,
-    /// Frames a second.
-    pub(crate) iops: Option<u64>,
+    /// Limit of bytes.
+    pub(crate) bandwidth: Option<TokenBucket>,
+    /// Limit of frames.
+    pub(crate) iops: Option<TokenBucket>,
 }
 
 /// What a card is plugged into.
@@ -189,8 +189,8 @@ impl FromStr for NetSpec {
             _ => Kind::Absent,
         };
         let both = Rate {
-            bandwidth: options.with("bandwidth", size::parse_rate)?,
-            iops: options.with("iops", positive)?,
+            bandwidth: options.with("bandwidth", limits::bytes)?,
+            iops: options.with("iops", limits::operations)?,
         };
         let spec = Self {
             id: options.with("id", id)?,
@@ -330,8 +330,8 @@ fn stream(options: &mut Options) -> Result<StreamSpec, String> {
 
 fn rate(options: &mut Options, way: &str, both: Rate) -> Result<Rate, String> {
     Ok(Rate {
-        bandwidth: options.with(&format!("{way}-bandwidth"), size::parse_rate)?.or(both.bandwidth),
-        iops: options.with(&format!("{way}-iops"), positive)?.or(both.iops),
+        bandwidth: options.with(&format!("{way}-bandwidth"), limits::bytes)?.or(both.bandwidth),
+        iops: options.with(&format!("{way}-iops"), limits::operations)?.or(both.iops),
     })
 }
 
@@ -406,9 +406,10 @@ mod tests {
 
     #[test]
     fn a_limit_of_one_way_goes_before_that_of_both() {
+        let bucket = |rate| Some(TokenBucket::per_second(rate));
         let net = spec("user,bandwidth=10M,iops=100,tx-bandwidth=1M,rx-iops=7").unwrap();
-        assert_eq!(net.rx, Rate { bandwidth: Some(10 << 20), iops: Some(7) });
-        assert_eq!(net.tx, Rate { bandwidth: Some(1 << 20), iops: Some(100) });
+        assert_eq!(net.rx, Rate { bandwidth: bucket(10 << 20), iops: bucket(7) });
+        assert_eq!(net.tx, Rate { bandwidth: bucket(1 << 20), iops: bucket(100) });
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub(crate) use freestone::{Fork, Forked, Forward, Forwards};
 pub(crate) use instance::{Action, ActionType, InstanceInfo, Version, VmState, VmUpdate, WantedState};
 pub(crate) use machine::{CpuTemplate, HugePages, MachineConfig, MachineUpdate};
 pub(crate) use memory::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};
-pub(crate) use mmds::MmdsConfig;
+pub(crate) use mmds::{MmdsConfig, MmdsVersion};
 pub(crate) use net::{NetworkInterface, NetworkUpdate, Vsock};
 pub(crate) use rate::{RateLimiter, TokenBucket};
 pub(crate) use snapshot::{BackendType, NetworkOverride, SnapshotCreate, SnapshotLoad, SnapshotType};

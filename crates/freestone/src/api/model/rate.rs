@@ -36,6 +36,12 @@ impl RateLimiter {
         Self { bandwidth: update.bandwidth.or(self.bandwidth), ops: update.ops.or(self.ops) }
     }
 
+    /// What limits a device, told in these words.
+    pub(crate) fn of(bandwidth: Option<rate::TokenBucket>, ops: Option<rate::TokenBucket>) -> Option<Self> {
+        let limiter = Self { bandwidth: bandwidth.map(TokenBucket::of), ops: ops.map(TokenBucket::of) };
+        (limiter != Self::default()).then_some(limiter)
+    }
+
     /// The device's limiter, if anything is limited.
     pub(crate) fn limiter(&self) -> Option<rate::RateLimiter> {
         let bandwidth = self.bandwidth.and_then(TokenBucket::bucket);
@@ -49,6 +55,15 @@ impl RateLimiter {
 }
 
 impl TokenBucket {
+    /// A device's bucket, told in these words.
+    pub(crate) fn of(bucket: rate::TokenBucket) -> Self {
+        Self {
+            size: bucket.size,
+            one_time_burst: Some(bucket.one_time_burst).filter(|&burst| burst > 0),
+            refill_time: u64::try_from(bucket.refill_time.as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+
     /// The device's bucket, if this limits anything.
     pub(crate) fn bucket(self) -> Option<rate::TokenBucket> {
         (self.size > 0 && self.refill_time > 0).then(|| {

@@ -70,7 +70,7 @@ impl Engine for Fake {
         self.answer("resume".into(), (), done);
     }
 
-    fn snapshot(&mut self, what: SnapshotCreate, done: Done<()>) {
+    fn snapshot(&mut self, _vm: &VmResources, what: SnapshotCreate, done: Done<()>) {
         self.answer(format!("snapshot {:?} {:?}", what.snapshot_path, what.snapshot_type), (), done);
     }
 

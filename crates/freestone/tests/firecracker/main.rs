@@ -1,103 +1,19 @@
-//! The program by Firecracker's name: its command line, and a machine's life by its API.
-#![expect(clippy::unwrap_used, reason = "tests")]
+//! The program by Firecracker's name: its command line, and a machine's life by its API, on the real engine.
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::symlink;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+mod hostile;
+mod operations;
+mod sdk;
+mod vmm;
+
+use std::fs;
+use std::io::Write;
+use std::process::Stdio;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-fn no_kvm(test: &str) -> bool {
-    freestone_testkit::dev_kvm_usable().inspect_err(|reason| freestone_testkit::skip(test, reason)).is_err()
-}
-
-/// A folder in which the program has that name, with a guest that echoes and a disk.
-fn folder() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    symlink(env!("CARGO_BIN_EXE_freestone"), dir.path().join("firecracker")).unwrap();
-    fs::write(dir.path().join("echo"), freestone_guest::ECHO).unwrap();
-    File::create(dir.path().join("disk.img")).unwrap().set_len(1 << 20).unwrap();
-    dir
-}
-
-fn firecracker(dir: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(dir.join("firecracker"));
-    command.args(args).current_dir(dir).stdin(Stdio::piped()).stdout(Stdio::piped());
-    command
-}
-
-/// A process that serves the API at `NAME.sock`.
-struct Vmm {
-    process: Child,
-    stdout: BufReader<ChildStdout>,
-    socket: std::path::PathBuf,
-}
-
-impl Vmm {
-    fn new(dir: &Path, name: &str) -> Self {
-        let socket = dir.join(format!("{name}.sock"));
-        let mut process =
-            firecracker(dir, &["--api-sock", socket.to_str().unwrap(), "--id", name]).spawn().unwrap();
-        while UnixStream::connect(&socket).is_err() {
-            assert!(process.try_wait().unwrap().is_none(), "it ended");
-            std::thread::yield_now();
-        }
-        let stdout = BufReader::new(process.stdout.take().unwrap());
-        Self { process, stdout, socket }
-    }
-
-    fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
-        let body = if body.is_null() { String::new() } else { body.to_string() };
-        let length = body.len();
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
-        )
-        .unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        (status, serde_json::from_str(body).unwrap_or(Value::Null))
-    }
-
-    fn put(&self, path: &str, body: &Value) {
-        let (status, answer) = self.ask("PUT", path, body);
-        assert_eq!(status, 204, "{path}: {answer}");
-    }
-
-    fn state(&self, wanted: &str) {
-        let (status, answer) = self.ask("PATCH", "/vm", &json!({ "state": wanted }));
-        assert_eq!(status, 204, "{wanted}: {answer}");
-    }
-
-    fn expect(&mut self, text: &str) {
-        let mut line = String::new();
-        while !line.contains(text) {
-            line.clear();
-            assert_ne!(self.stdout.read_line(&mut line).unwrap(), 0, "{text:?} was never said");
-        }
-    }
-
-    fn say(&mut self, text: &str) {
-        self.process.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
-    }
-
-    fn status(mut self) -> Option<i32> {
-        self.process.wait().unwrap().code()
-    }
-}
-
-impl Drop for Vmm {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-    }
-}
+use vmm::{Vmm, firecracker, folder, no_kvm};
 
 #[test]
 fn a_machine_lives_by_the_api_and_goes_on_in_another_process() {
