@@ -229,8 +229,9 @@ fn echo(mut stream: UnixStream, count: &AtomicU64) {
         match stream.read(&mut buffer) {
             Ok(0) => return,
             Ok(len) => {
-                let Some(Ok(())) = buffer.get(..len).map(|bytes| stream.write_all(bytes)) else { return };
+                // Before they go back: whoever has them may look at the count.
                 count.fetch_add(len as u64, Ordering::Relaxed);
+                let Some(Ok(())) = buffer.get(..len).map(|bytes| stream.write_all(bytes)) else { return };
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(_) => return,

@@ -7,8 +7,10 @@ use freestone_bus::{
     Access, AccessError, Device, Error, IoDevice, IoDeviceMut, Plug, Progress, Source, Task, Wiring, Work,
     spawn,
 };
+use freestone_snapshot::{Restoring, Saving, Section};
 use freestone_testkit::conformance::{self, CHECKS};
 use freestone_testkit::driver::{features, regs, status};
+use serde::{Deserialize, Serialize};
 
 /// What a device may do wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,9 +175,52 @@ fn failure() -> freestone_bus::Result<()> {
     Err(Error::Missing { what: "a heart", device: "fake".to_owned() })
 }
 
+/// What the registers hold.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    status: u32,
+    device_sel: u32,
+    driver_sel: u32,
+    driver_features: u64,
+    queue_sel: u32,
+    ready: u32,
+    interrupt: u32,
+}
+
+impl Section for Saved {
+    const NAME: &'static str = "fake";
+    const VERSION: u32 = 1;
+}
+
 impl Device for FakeDevice {
     fn name(&self) -> &'static str {
         "fake"
+    }
+    fn save(&mut self, state: &mut Saving<'_>) -> freestone_bus::Result<()> {
+        let registers = self.registers.lock().unwrap();
+        let Registers {
+            status, device_sel, driver_sel, driver_features, queue_sel, ready, interrupt, ..
+        } = *registers;
+        let saved = Saved { status, device_sel, driver_sel, driver_features, queue_sel, ready, interrupt };
+        state.put(&saved).map_err(Error::state("save"))
+    }
+    fn restore(&mut self, state: &mut Restoring<'_>) -> freestone_bus::Result<()> {
+        let saved: Saved = state.take().map_err(Error::state("restore"))?;
+        let mut registers = self.registers.lock().unwrap();
+        let Saved { status, device_sel, driver_sel, driver_features, queue_sel, ready, interrupt } = saved;
+        let defect = registers.defect;
+        *registers = Registers {
+            defect,
+            status,
+            device_sel,
+            driver_sel,
+            driver_features,
+            queue_sel,
+            ready,
+            interrupt,
+            kicked: false,
+        };
+        Ok(())
     }
     fn pause(&mut self) -> freestone_bus::Result<()> {
         if self.registers.lock().unwrap().defect == Defect::PauseFails { failure() } else { Ok(()) }

@@ -21,8 +21,6 @@ use crate::store::{self, MemorySection};
 use crate::{Error, Machine, Result};
 
 const PAGE: usize = 4096;
-/// The most pages of a frame, zeros included.
-const MAX_PAGES: u32 = 1 << 20;
 const ZEROS: [u8; PAGE] = [0; PAGE];
 
 /// A machine on its way: what it is made of is known, nothing of it is here yet.
@@ -182,13 +180,12 @@ fn beside(size: u64) -> Result<Arc<File>> {
 fn pages(memory: &GuestMem, beside: Option<&File>, layout: &ImageLayout, body: &[u8]) -> Result<()> {
     let view = memory.view();
     let mut rest = body;
-    let mut left = MAX_PAGES;
+    // No page comes twice in a frame, so that no frame takes longer than memory is large.
+    let mut most = layout.size() / PAGE_SIZE;
     while !rest.is_empty() {
         let run = Run::decode(&mut rest)?;
-        // Some bytes must not cost the work of hours.
-        left = left
-            .checked_sub(run.pages)
-            .ok_or_else(|| wrong(format!("a frame of more than {MAX_PAGES} pages came")))?;
+        most =
+            most.checked_sub(run.pages.into()).ok_or_else(|| wrong("a frame has more pages than memory"))?;
         for page in 0..u64::from(run.pages) {
             let gpa = page.checked_mul(PAGE_SIZE).and_then(|offset| run.gpa.checked_add(offset));
             let gpa = gpa.filter(|gpa| gpa.is_multiple_of(PAGE_SIZE));

@@ -217,6 +217,9 @@ fn sections_that_are_missing_or_too_new_or_too_many_are_refused_by_name() {
         without.remove(name);
         let result = try_with(&without).map(drop);
         assert!(result.is_err() || *optional, "without {name}");
+        if *optional {
+            continue;
+        }
         for other in [0, version + 1, u32::MAX] {
             let mut changed = sections.clone();
             changed.get_mut(name).unwrap().0 = other;

@@ -226,7 +226,8 @@ fn golden_state_is_all_taken() {
     let whole = bodies_of(stored.sections().clone());
     drop(build(&mut stored, dir.path(), Transport::Pci).unwrap());
     assert!(whole.len() > 20, "{:?}", whole.keys());
-    assert!(bodies_of(stored.sections().clone()).is_empty());
+    // What it says of its host is for those who ask whether it fits another.
+    assert_eq!(bodies_of(stored.sections().clone()).keys().collect::<Vec<_>>(), ["host"]);
 }
 
 #[test]
