@@ -144,7 +144,7 @@ impl<H: Hypervisor> Machine<H> {
     fn start_vcpus(&mut self) -> Result<()> {
         self.state = State::Running;
         let (board, memory, shared) = (&self.board, &self.memory, &self.shared);
-        let started = self.vcpus.start(|| board.dispatcher(), memory, shared);
+        let started = self.vcpus.start(false, || board.dispatcher(), memory, shared);
         if started.is_err() {
             self.stop()?;
         }
@@ -223,9 +223,6 @@ impl<H: Hypervisor> Machine<H> {
         }
         self.inventory.resume()?;
         self.clock = None;
-        if !self.vcpus.started() {
-            return self.start_vcpus();
-        }
         self.vcpus.resume();
         self.state = State::Running;
         Ok(())

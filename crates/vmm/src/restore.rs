@@ -49,9 +49,11 @@ impl<H: Hypervisor> MachineBuilder<'_, H> {
             vcpu.restore(state)?;
             vcpus.push(vcpu);
         }
+        // The threads come up, paused, while the rest is restored: that takes about as long.
+        let mut vcpus = Vcpus::new(vcpus, stats);
+        vcpus.start(true, || board.dispatcher(), &memory, &shared)?;
         vm.state().ok_or(Error::NotSaved)?.restore(&vm_state)?;
         inventory.restore(sections)?;
-        let vcpus = Vcpus::new(vcpus, stats);
         let parts = Parts { vm, memory, board, inventory, event_loop, shared, vcpus };
         Ok(Machine::assemble(parts).into_restored(vm_state.clock.map(|saved| (saved, clock))))
     }

@@ -43,9 +43,10 @@ impl<V: Vcpu + 'static> Vcpus<V> {
         Self { idle, threads: Vec::new(), observed, stats: Vec::new() }
     }
 
-    /// Gives each vCPU a dispatcher and a thread.
+    /// Gives each vCPU a dispatcher and a thread, on which it runs, or waits to be resumed if it is `paused`.
     pub(crate) fn start(
         &mut self,
+        paused: bool,
         dispatcher: impl Fn() -> Dispatcher,
         memory: &GuestMem,
         shared: &Arc<Shared>,
@@ -56,9 +57,9 @@ impl<V: Vcpu + 'static> Vcpus<V> {
             let thread = if self.observed {
                 let stats = ExitStats::new();
                 self.stats.push(stats.reader());
-                thread(RunLoop::with_observer(vcpu, dispatcher(), stats), end)?
+                thread(RunLoop::with_observer(vcpu, dispatcher(), stats), paused, end)?
             } else {
-                thread(RunLoop::with_observer(vcpu, dispatcher(), NoObserver), end)?
+                thread(RunLoop::with_observer(vcpu, dispatcher(), NoObserver), paused, end)?
             };
             self.threads.push(thread);
         }
@@ -74,11 +75,6 @@ impl<V: Vcpu + 'static> Vcpus<V> {
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
         self.idle.len() + self.threads.len()
-    }
-
-    /// Whether they have threads.
-    pub(crate) fn started(&self) -> bool {
-        !self.threads.is_empty()
     }
 
     /// The state of each, by index. They must be paused, or not have run.
@@ -97,6 +93,12 @@ impl<V: Vcpu + 'static> Vcpus<V> {
         self.threads.iter().for_each(|t| t.control().resume());
     }
 
+    pub(crate) fn stats(&self) -> &[StatsReader] {
+        &self.stats
+    }
+}
+
+impl<V> Vcpus<V> {
     /// Makes all leave the guest for good and joins their threads.
     pub(crate) fn stop(&mut self) -> Result<()> {
         self.idle.clear();
@@ -107,9 +109,14 @@ impl<V: Vcpu + 'static> Vcpus<V> {
         }
         result
     }
+}
 
-    pub(crate) fn stats(&self) -> &[StatsReader] {
-        &self.stats
+impl<V> Drop for Vcpus<V> {
+    /// For a machine that does not come to be: one that is, has stopped them before.
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            tracing::error!(%error, "a vCPU does not stop");
+        }
     }
 }
 
@@ -123,8 +130,12 @@ struct End {
 
 fn thread<V: Vcpu + 'static, O: Observer + 'static>(
     run_loop: RunLoop<V, O>,
+    paused: bool,
     end: End,
 ) -> Result<Box<dyn Running>> {
+    if paused {
+        run_loop.control().request_pause();
+    }
     let thread = spawn_vcpu(run_loop, move |outcome, run_loop| {
         let vcpu = run_loop.vcpu();
         match outcome {
