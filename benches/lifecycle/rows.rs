@@ -289,12 +289,18 @@ fn snapshot(places: &Places, on_disk: bool, size: u64, touched: u64, kind: Kind)
     let memory = GuestMemBuilder::new(size).dirty_log(true).build()?;
     let mut machine = running(&kvm, memory, SPIN, touched)?;
     machine.pause()?;
-    let paths = StorePaths::in_folder(folder.path());
+    // A difference is not written over its base, which is the one before: they take turns.
+    let turns = [folder.path().join("0"), folder.path().join("1")];
+    for folder in &turns {
+        std::fs::create_dir(folder)?;
+    }
+    let paths = turns.map(StorePaths::in_folder);
+    let [_, last] = paths.clone();
     let mut options = StoreOptions::new(PROGRAM);
     if kind == Kind::Diff {
         let mut paused = machine.paused()?;
         paused.track(true)?;
-        paused.store(&paths, &options, State::new(), &mut |_, _| {})?;
+        paused.store(&last, &options, State::new(), &mut |_, _| {})?;
     }
     options.kind = kind;
     let bytes = usize::try_from(touched)?;
@@ -302,18 +308,21 @@ fn snapshot(places: &Places, on_disk: bool, size: u64, touched: u64, kind: Kind)
     let floor = move || write_raw(&raw, bytes, size);
     let mut plain = options.clone();
     plain.checksums = false;
-    let shared = Arc::new(std::sync::Mutex::new((machine, folder)));
+    let shared = Arc::new(std::sync::Mutex::new((machine, folder, 0_usize)));
     let store = |options: StoreOptions| {
         let (shared, paths) = (Arc::clone(&shared), paths.clone());
         move || {
             let mut shared = shared.lock().map_err(|_| "a former round failed")?;
-            let (machine, _) = &mut *shared;
+            let (machine, _, turn) = &mut *shared;
+            let [even, odd] = &paths;
+            let paths = if turn.is_multiple_of(2) { even } else { odd };
+            *turn += 1;
             if kind == Kind::Diff {
                 crate::guest::touch(machine.memory(), touched)?;
             }
             let mut paused = machine.paused()?;
             let begun = begin();
-            paused.store(&paths, &options, State::new(), &mut |_, _| {})?;
+            paused.store(paths, &options, State::new(), &mut |_, _| {})?;
             Ok(end(begun))
         }
     };
