@@ -1,6 +1,7 @@
 //! `freestone firecracker`: Firecracker's own command line over our machine, also when the program is called by that name.
 
 mod engine;
+mod fork;
 mod translate;
 
 use std::fs::File;
