@@ -84,7 +84,7 @@ fn make(commander: &Commander, request: &ForkRequest, children: &mut Vec<Child>)
     let ended = commander.ask(Duration::MAX, end)?;
     made?;
     ended?;
-    let folder = Runtime::find().folder().to_owned();
+    let folder = std::path::absolute(Runtime::find().folder())?;
     let control = |name: &Name| match &request.sockets {
         Some(sockets) => sockets.join(format!("{name}.sock")),
         None => folder.join(name.as_str()).join("control"),

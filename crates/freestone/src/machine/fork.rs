@@ -256,8 +256,8 @@ impl Parent<'_> {
                 Kind::Absent => continue,
             };
             return Err(Failure::usage(format!(
-                "{name} is plugged into {place}, which only one machine can have: say --net {name}=..., with {{}} for the \
-                 child's number"
+                "{name} is plugged into {place}, which only one machine can have: say --net {name}=... (to the API: \
+                 network_overrides), with {{}} for the child's number"
             )));
         }
         for (number, pmem) in self.run.pmems.iter().enumerate() {
