@@ -12,7 +12,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use clap::Args;
@@ -208,11 +208,12 @@ pub(crate) fn spawn(name: Option<&Name>, args: Vec<std::ffi::OsString>) -> Resul
     Ok(spawn_with(name, |_| Ok(args))?.0)
 }
 
-/// The same with arguments that `prepare` gives, which may put files into the machine's folder. Also tells the number of the process.
+/// The same with arguments that `prepare` gives, which may put files into the machine's folder. Also gives the process, which its
+/// parent has to wait for one day if it lives on itself.
 pub(crate) fn spawn_with(
     name: Option<&Name>,
     prepare: impl FnOnce(&Claim) -> Result<Vec<std::ffi::OsString>, Failure>,
-) -> Result<(Name, u32), Failure> {
+) -> Result<(Name, Child), Failure> {
     let runtime = Runtime::open()?;
     let mut claim = match name {
         Some(name) => runtime.claim(name)?,
@@ -225,7 +226,9 @@ pub(crate) fn spawn_with(
     let log = OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path).map_err(failed)?;
     let (waiting, theirs) = UnixStream::pair()?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0(std::env::args_os().next().unwrap_or_else(|| "freestone".into()));
+    // Called by Firecracker's name, it would take Firecracker's arguments.
+    let own = std::env::args_os().next().filter(|_| !crate::firecracker::is_called());
+    command.arg0(own.unwrap_or_else(|| "freestone".into()));
     command.args(args).arg(format!("--detached-as={}", claim.name()));
     command.stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)));
     command.stdout(claim.lock().as_fd().try_clone_to_owned()?).stderr(log);
@@ -239,7 +242,7 @@ pub(crate) fn spawn_with(
     if report.get("ok").is_some() {
         let name = claim.name().clone();
         claim.leave();
-        return Ok((name, child.id()));
+        return Ok((name, child));
     }
     let status = child.wait()?;
     let log = std::fs::read_to_string(&log_path).unwrap_or_default();

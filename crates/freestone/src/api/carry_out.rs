@@ -247,13 +247,17 @@ impl Controller {
             }
             Operation::SendCtrlAltDel => self.engine.ctrl_alt_del(self.done_then(ticket, |_| {})),
             Operation::Pause | Operation::Resume => return Ok(self.pause_or_resume(ticket, &operation)),
-            Operation::Fork(fork) => {
+            Operation::Fork(mut fork) => {
                 if !(1..=MAX_CHILDREN).contains(&fork.count) {
                     let message = format!("count: {} is not a number from 1 to {MAX_CHILDREN}.", fork.count);
                     return Err(Fault::bad_request(message));
                 }
-                let done = self.done(ticket, |_, children: Vec<model::Forked>| {
-                    Ok(Reply::Json(json!({ "children": children })))
+                fork.name.get_or_insert_with(|| self.instance.id.clone());
+                let done = self.done(ticket, |controller, family: model::Family| {
+                    if family.paused {
+                        controller.enter(VmState::Paused);
+                    }
+                    to_json(&family)
                 });
                 self.engine.fork(fork, done);
             }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::fault::Fault;
 use super::model::{
-    BalloonHinting, BalloonStats, Fork, Forked, Forward, MemoryHotplugStatus, RateLimiter, SnapshotCreate,
+    BalloonHinting, BalloonStats, Family, Fork, Forward, MemoryHotplugStatus, RateLimiter, SnapshotCreate,
     SnapshotLoad,
 };
 use super::resources::VmResources;
@@ -78,8 +78,8 @@ pub(crate) trait Engine: Send {
     /// What there is to count, by names of groups, for a line of metrics.
     fn metrics(&mut self, done: Done<Map<String, Value>>);
 
-    /// Children that share memory with the machine as it is now.
-    fn fork(&mut self, what: Fork, done: Done<Vec<Forked>>);
+    /// Children that share memory with the machine as it is now. `what.name` is there. All are made, or none.
+    fn fork(&mut self, what: Fork, done: Done<Family>);
 
     /// Ports of the host that lead to the guest.
     fn forwards(&mut self, done: Done<Vec<Forward>>);

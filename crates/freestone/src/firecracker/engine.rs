@@ -12,13 +12,14 @@ use freestone_vmm::store::{Kind, StorePaths, Watch};
 use freestone_vmm::virtio::balloon::BalloonHandle;
 use serde_json::{Map, Value, json};
 
+use super::fork;
 use super::translate::{from_run, interval, to_args};
 use crate::api::engine::{Done, DriveChange, Engine};
 use crate::api::fault::Fault;
 use crate::api::mailbox::Notifier;
 use crate::api::model::{
-    BackendType, BalloonHinting, BalloonStats, Fork, Forked, Forward, MemoryHotplugStatus, RateLimiter,
-    SnapshotCreate, SnapshotLoad, SnapshotType,
+    BackendType, BalloonHinting, BalloonStats, Family, Fork, Forward, MemoryHotplugStatus, NetworkOverride,
+    RateLimiter, SnapshotCreate, SnapshotLoad, SnapshotType,
 };
 use crate::api::resources::{OWN_NETWORK, VmResources};
 use crate::attach::open;
@@ -375,8 +376,15 @@ impl Engine for Real {
         self.ask(done, |controls| Ok(Map::from_iter([("devices".to_owned(), device_stats(controls))])));
     }
 
-    fn fork(&mut self, _what: Fork, done: Done<Vec<Forked>>) {
-        done.fail("Forks by the API are not supported yet.");
+    fn fork(&mut self, what: Fork, done: Done<Family>) {
+        let commander = self.with(|live| Ok(live.commander.clone()));
+        let (commander, request) = match commander.and_then(|it| Ok((it, fork::request(&what)?))) {
+            Ok(found) => found,
+            Err(fault) => return done.answer(Err(fault)),
+        };
+        let work = move || fork::conduct(&commander, &request, done);
+        // What could not be started was dropped, which answers.
+        drop(thread::Builder::new().name("api-fork".to_owned()).spawn(work));
     }
 
     fn forwards(&mut self, done: Done<Vec<Forward>>) {
@@ -490,14 +498,9 @@ fn request(what: &SnapshotLoad) -> Result<RestoreRequest, Fault> {
     request.memory = source;
     request.clock = if what.clock_realtime { ClockPolicy::Advance } else { ClockPolicy::Continue };
     request.track = what.track_dirty_pages || what.enable_diff_snapshots;
-    let net = |card: &crate::api::model::NetworkOverride| {
-        let spec = match card.host_dev_name.strip_prefix(OWN_NETWORK) {
-            Some(own) => own.to_owned(),
-            None => format!("tap={}", card.host_dev_name.replace(',', ",,")),
-        };
-        let text = format!("{id}={spec},id={id}", id = card.iface_id);
+    let net = |card: &NetworkOverride| {
         let named: Named<NetSpec> =
-            text.parse().map_err(|e| Fault::bad_request(format!("network_overrides: {e}")))?;
+            plug(card).parse().map_err(|e| Fault::bad_request(format!("network_overrides: {e}")))?;
         Ok::<_, Fault>(named)
     };
     request.remap = Remap {
@@ -506,6 +509,15 @@ fn request(what: &SnapshotLoad) -> Result<RestoreRequest, Fault> {
         ..Remap::default()
     };
     Ok(request)
+}
+
+/// A card and what it is plugged into, as `--net` of `freestone restore` takes them.
+pub(super) fn plug(card: &NetworkOverride) -> String {
+    let spec = match card.host_dev_name.strip_prefix(OWN_NETWORK) {
+        Some(own) => own.to_owned(),
+        None => format!("tap={}", card.host_dev_name.replace(',', ",,")),
+    };
+    format!("{id}={spec},id={id}", id = card.iface_id)
 }
 
 fn statistics(balloon: &BalloonHandle) -> BalloonStats {

@@ -1,6 +1,7 @@
 //! `freestone firecracker`: Firecracker's own command line over our machine, also when the program is called by that name.
 
 mod engine;
+mod fork;
 mod translate;
 
 use std::fs::File;
@@ -200,6 +201,8 @@ fn serve(args: &Firecracker) -> Result<ExitCode, Failure> {
     let engine = Real::new(Notifier::new(&mailbox), args.enable_pci, instance.mmds_limit);
     let mut controller = Controller::new(instance, Box::new(engine), Arc::clone(&mailbox));
     observe(args, &mut controller).map_err(|fault| Failure::new(fault.to_string()))?;
+    // Before anybody finds the socket: it is not to stay behind.
+    let signal = signals().map_err(|e| Failure::new(format!("cannot catch signals: {e}")))?;
     let socket = match args.no_api {
         true => None,
         false => Some(Socket::bind(&args.api_sock).map_err(|e| {
@@ -221,7 +224,6 @@ fn serve(args: &Firecracker) -> Result<ExitCode, Failure> {
         }
         (None, None) => {}
     }
-    let signal = signals().map_err(|e| Failure::new(format!("cannot catch signals: {e}")))?;
     let server = Server::new(socket, Some(signal), mailbox, controller, args.http_api_max_payload_size)?;
     match server.run()? {
         End::Stopped => Ok(ExitCode::SUCCESS),

@@ -82,6 +82,7 @@ pub(crate) fn fork(args: &Fork) -> Result<ExitCode, Failure> {
         disks: args.disks.clone(),
         nets: args.nets.clone(),
         pmems: args.pmems.clone(),
+        sockets: None,
         vsock: args.vsock.clone(),
         paused: args.paused,
     };
@@ -92,8 +93,10 @@ pub(crate) fn fork(args: &Fork) -> Result<ExitCode, Failure> {
         made += 1;
         let micros = u64::try_from(child.took.as_micros()).unwrap_or(u64::MAX);
         match args.json {
-            true => say::line(json!({ "name": child.name.as_str(), "pid": child.pid, "took_us": micros,
-                                      "template_us": source.took_us })),
+            true => {
+                say::line(json!({ "name": child.name.as_str(), "pid": child.process.id(), "took_us": micros,
+                                      "template_us": source.took_us }))
+            }
             false => say::line(&child.name),
         }
     });

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::process;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -73,7 +74,7 @@ impl Vm {
             self.go()?;
         }
         done?;
-        let path = |fd: i32| PathBuf::from(format!("/proc/{}/fd/{fd}", std::process::id()));
+        let path = |fd: i32| PathBuf::from(format!("/proc/{}/fd/{fd}", process::id()));
         let template = self.template.as_ref().ok_or_else(|| Failure::new("there is no template"))?;
         Ok(ForkSource {
             state: path(template.state.as_raw_fd()),
@@ -169,6 +170,8 @@ pub(crate) struct ForkRequest {
     pub(crate) nets: Vec<String>,
     /// The same of persistent memories.
     pub(crate) pmems: Vec<String>,
+    /// Where each gets one more control socket, `NAME.sock`.
+    pub(crate) sockets: Option<PathBuf>,
     /// Path of the vsock device's sockets, in the same way.
     pub(crate) vsock: Option<String>,
     /// Whether they do not go on yet.
@@ -183,21 +186,21 @@ impl ForkRequest {
 }
 
 /// A child that runs.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Child {
     /// Its name.
     pub(crate) name: Name,
     /// Its process.
-    pub(crate) pid: u32,
+    pub(crate) process: process::Child,
     /// How long it took to make.
     pub(crate) took: Duration,
 }
 
-/// Makes children of a template, one after the other, and tells `made` of each. Blocks: not for a machine's own thread.
+/// Makes children of a template, one after the other, and gives each to `made`. Blocks: not for a machine's own thread.
 pub(crate) fn fork(
     source: &ForkSource,
     request: &ForkRequest,
-    made: &mut dyn FnMut(&Child) -> Result<(), Failure>,
+    made: &mut dyn FnMut(Child) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let mut stored = Stored::open(&StorePaths::files(&source.state, &source.memory))?;
     let config = Config::try_from(stored.sections().take::<ConfigSection>()?)?;
@@ -208,9 +211,9 @@ pub(crate) fn fork(
         let began = Instant::now();
         let prefix = &request.prefix;
         let name = prefix.numbered(number).map_err(|e| Failure::usage(format!("{prefix}-{number}: {e}")))?;
-        let (name, pid) = place::spawn_with(Some(&name), |claim| template.arguments(claim, number))
+        let (name, process) = place::spawn_with(Some(&name), |claim| template.arguments(claim, number))
             .map_err(|e| Failure::with_status(format!("child {name}: {e}"), e.status()))?;
-        made(&Child { name, pid, took: began.elapsed() })?;
+        made(Child { name, process, took: began.elapsed() })?;
     }
     Ok(())
 }
@@ -253,8 +256,8 @@ impl Parent<'_> {
                 Kind::Absent => continue,
             };
             return Err(Failure::usage(format!(
-                "{name} is plugged into {place}, which only one machine can have: say --net {name}=..., with {{}} for the \
-                 child's number"
+                "{name} is plugged into {place}, which only one machine can have: say --net {name}=... (to the API: \
+                 network_overrides), with {{}} for the child's number"
             )));
         }
         for (number, pmem) in self.run.pmems.iter().enumerate() {
@@ -308,6 +311,9 @@ impl Parent<'_> {
                 push("vsock", &format!("path={path}-{number},cid={}", vsock.cid));
             }
             (None, None) => {}
+        }
+        if let Some(folder) = &request.sockets {
+            push("control", &folder.join(format!("{}.sock", claim.name())).to_string_lossy());
         }
         if request.paused {
             words.push("--paused".into());

@@ -1,6 +1,7 @@
 //! The program by Firecracker's name: its command line, and a machine's life by its API, on the real engine.
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
+mod fork;
 mod hostile;
 mod operations;
 mod sdk;

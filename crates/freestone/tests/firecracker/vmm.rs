@@ -27,7 +27,12 @@ pub(crate) fn folder() -> tempfile::TempDir {
 
 pub(crate) fn firecracker(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(dir.join("firecracker"));
-    command.args(args).current_dir(dir).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command
+        .args(args)
+        .current_dir(dir)
+        .env("FREESTONE_RUNTIME_DIR", dir.join("run"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
     command
 }
 

@@ -21,7 +21,7 @@ pub(crate) use balloon::{
 pub(crate) use boot::BootSource;
 pub(crate) use cpu::CpuConfig;
 pub(crate) use drive::{Drive, DriveUpdate, IoEngine, Pmem, PmemUpdate};
-pub(crate) use freestone::{Fork, Forked, Forward, Forwards};
+pub(crate) use freestone::{Family, Fork, Forked, Forward, Forwards};
 pub(crate) use instance::{Action, ActionType, InstanceInfo, Version, VmState, VmUpdate, WantedState};
 pub(crate) use machine::{CpuTemplate, HugePages, MachineConfig, MachineUpdate};
 pub(crate) use memory::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};

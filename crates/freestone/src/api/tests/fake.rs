@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 use crate::api::engine::{Done, DriveChange, Engine};
 use crate::api::mailbox::Notifier;
 use crate::api::model::{
-    BalloonHinting, BalloonStats, Fork, Forked, Forward, MemoryHotplugStatus, RateLimiter, SnapshotCreate,
-    SnapshotLoad,
+    BalloonHinting, BalloonStats, Family, Fork, Forked, Forward, MemoryHotplugStatus, RateLimiter,
+    SnapshotCreate, SnapshotLoad,
 };
 use crate::api::resources::VmResources;
 
@@ -137,9 +137,14 @@ impl Engine for Fake {
         self.answer("metrics".into(), Map::from_iter([("vcpu".to_owned(), json!({"exits": 3}))]), done);
     }
 
-    fn fork(&mut self, what: Fork, done: Done<Vec<Forked>>) {
-        let child = |n| Forked { id: format!("c{n}"), pid: n, api_socket: None };
-        self.answer(format!("fork {}", what.count), (0..what.count).map(child).collect(), done);
+    fn fork(&mut self, what: Fork, done: Done<Family>) {
+        let child = |n| Forked {
+            id: format!("c{n}"),
+            pid: n,
+            control: what.socket_dir.clone().unwrap_or_default().join(format!("c{n}.sock")),
+        };
+        let family = Family { children: (0..what.count).map(child).collect(), paused: true };
+        self.answer(format!("fork {} {}", what.name.clone().unwrap_or_default(), what.count), family, done);
     }
 
     fn forwards(&mut self, done: Done<Vec<Forward>>) {

@@ -248,7 +248,12 @@ fn our_own_paths_fork_forward_and_count() {
     api.refused("GET", "/freestone/stats", "", "before starting");
     api.start();
     let children = api.good("POST", "/freestone/fork", r#"{"count": 2, "socket_dir": "/tmp"}"#).json();
-    assert_eq!(children, json!({"children": [{"id": "c0", "pid": 0}, {"id": "c1", "pid": 1}]}));
+    assert_eq!(
+        children,
+        json!({"paused": true, "children": [{"id": "c0", "pid": 0, "control": "/tmp/c0.sock"}, {"id": "c1", "pid": 1, "control": "/tmp/c1.sock"}]})
+    );
+    // A machine that its children need as it is stands still from now on.
+    assert_eq!(api.good("GET", "/", "").json()["state"], "Paused");
     api.refused("POST", "/freestone/fork", r#"{"count": 0}"#, "count");
     api.refused("POST", "/freestone/fork", r#"{"count": 1001}"#, "count");
     let forward = r#"{"iface_id": "eth0", "forward": "tcp::2222-:22"}"#;
