@@ -65,7 +65,7 @@ pub fn open(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Takes the lock that a change of an image in place needs. Nobody has it [open](open) then, or will.
+/// Takes the lock that a change of an image in place needs. Nobody has it [open] then, or will.
 ///
 /// # Errors
 /// [`Error::ImageRefused`] if it is in use; [`Error::Image`] if the file system cannot lock.

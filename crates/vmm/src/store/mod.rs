@@ -3,7 +3,7 @@
 //! A snapshot is two files: the state, in the container of [`freestone_snapshot`], and the memory, raw pages that a restore maps
 //! as they are. They know each other by an [`Id`] that both end with or contain, so that files of two snapshots are never taken for one.
 //!
-//! [`Paused::store`] writes one, [`Stored`] is one that is there, [`Template`] is one that forks are made from without any file.
+//! [`Paused::store`](crate::Paused::store) writes one, [`Stored`] is one that is there, [`Template`] is one that forks are made from without any file.
 
 mod host;
 mod id;
