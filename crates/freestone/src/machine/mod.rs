@@ -3,8 +3,6 @@
 //! [`Vm`] belongs to the thread that made it and drives the devices there. Whoever else wants something of it (the API, the
 //! control socket) has a [`Commander`] and sends it what to do.
 
-#![allow(dead_code, unused_imports, reason = "until all of it is used")]
-
 mod command;
 mod config;
 mod fork;
@@ -15,10 +13,10 @@ mod snapshot;
 mod vm;
 
 pub(crate) use command::Commander;
-pub(crate) use config::{Config, ConfigSection};
+pub(crate) use config::Config;
 pub(crate) use fork::{Child, ForkRequest, ForkSource, fork};
-pub(crate) use memory::{MemorySource, PageSource, RecordRequest, read as read_working_set};
+pub(crate) use memory::{MemorySource, PageSource, RecordRequest};
 pub(crate) use migrate::{Arrival, MigrateRequest, Place as MigratePlace, receive};
 pub(crate) use restore::{Named, Remap, RestoreRequest, restore};
-pub(crate) use snapshot::{Kind, PROGRAM, SnapshotRequest};
-pub(crate) use vm::{Origin, Status, Vm};
+pub(crate) use snapshot::{Kind, SnapshotRequest};
+pub(crate) use vm::{Origin, Vm};

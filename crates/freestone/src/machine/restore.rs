@@ -1,5 +1,6 @@
 //! Making a machine of the reference VMM again: from files, or from a template of another process.
 
+use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -18,7 +19,6 @@ use crate::console::Console;
 use crate::disk::DiskSpec;
 use crate::failure::Failure;
 use crate::net::NetSpec;
-use crate::options;
 use crate::specs::{PmemSpec, VsockSpec};
 
 /// What is to be restored, and what of it is to be another than it was.
@@ -89,7 +89,8 @@ pub(crate) struct Remap {
 #[derive(Debug, Clone)]
 pub(crate) struct Named<T> {
     pub(crate) name: String,
-    pub(crate) spec: T,
+    /// The text was read as one of these.
+    checked: PhantomData<T>,
     /// The same as text.
     pub(crate) text: String,
 }
@@ -99,7 +100,8 @@ impl<T: FromStr<Err = String>> FromStr for Named<T> {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, spec) = text.split_once('=').ok_or("say NAME=WHAT: which, and what in its place")?;
-        Ok(Self { name: name.to_owned(), spec: spec.parse()?, text: spec.to_owned() })
+        spec.parse::<T>()?;
+        Ok(Self { name: name.to_owned(), checked: PhantomData, text: spec.to_owned() })
     }
 }
 
