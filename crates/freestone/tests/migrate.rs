@@ -165,7 +165,8 @@ fn a_machine_under_load_migrates_by_unix_and_tcp_and_loses_nothing() {
     freestone_guest::life::check_disk(&disk, freestone_guest::life::MAX_SECTORS, last).unwrap();
 }
 
-/// Leads a migration from `front` to `back` until frame number `cut` comes, which it keeps; what that frame was.
+/// Leads a migration from `front` to `back` until frame number `cut` comes, or the one that says go, which it keeps; what that frame
+/// was. How many frames of pages there are is different each time.
 fn lead(front: &UnixListener, back: &mut UnixStream, cut: usize) -> Option<u32> {
     let (mut source, _) = front.accept().unwrap();
     let (mut answers, mut back_answers) = (source.try_clone().unwrap(), back.try_clone().unwrap());
@@ -177,7 +178,7 @@ fn lead(front: &UnixListener, back: &mut UnixStream, cut: usize) -> Option<u32> 
             break None;
         }
         let word = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap());
-        if frame == cut {
+        if frame == cut || word(0) == GO {
             break Some(word(0));
         }
         let mut body = vec![0; word(4).try_into().unwrap()];

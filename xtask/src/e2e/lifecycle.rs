@@ -2,6 +2,8 @@
 //!
 //! How many moments a case has is said here, or by the environment variable [`MOMENTS`].
 
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 
 use super::cases::script;
@@ -10,6 +12,14 @@ use crate::machine::Machine;
 
 /// The variable that says how many moments each case has.
 pub const MOMENTS: &str = "FREESTONE_LIFE_MOMENTS";
+
+/// How long a case may take whose usual limit is `usual`: more moments than usual take longer.
+pub fn limit(usual: Duration) -> Duration {
+    /// For the emulated processor of the lab, and a host with other work.
+    const MOMENT: Duration = Duration::from_secs(20);
+    let moments = std::env::var(MOMENTS).ok().and_then(|moments| moments.parse().ok()).unwrap_or(0);
+    usual.saturating_add(MOMENT.saturating_mul(moments))
+}
 
 /// Debian's kernel with the workload of `xtask life guest`.
 macro_rules! linux {

@@ -296,7 +296,7 @@ fn run_case(machine: &Machine, case: &Case, kernel_log: bool) -> Result<()> {
 
 fn run_in(side: &Side<'_>, case: &Case, kernel_log: bool) -> Result<()> {
     let argv = command_line(side.machine, case, kernel_log, &side.dir)?;
-    let mut console = Console::new(side.machine.spawn(&argv)?, CASE_LIMIT, false);
+    let mut console = Console::new(side.machine.spawn(&argv)?, lifecycle::limit(CASE_LIMIT), false);
     let ended = converse(&mut console, side, case.dialogue);
     let log = repo::lab_dir()?.join("e2e").join(case.name).with_extension("log");
     fs::create_dir_all(log.parent().unwrap_or(&log))
