@@ -68,7 +68,7 @@ macro_rules! paused {
 /// The machine is saved, ends, and goes on in a new process.
 macro_rules! snapshot {
     () => {
-        "--moment '$VMM pause life; $VMM snapshot create life $SNAPSHOT; $VMM kill life; $VMM rm life || true; rm -f v.sock' \
+        "--moment '$VMM pause life; $VMM snapshot create life $SNAPSHOT; $VMM kill life; $VMM rm life || true; rm -rf v.sock snapshot.$((N-1))' \
          --restore 'exec $VMM restore $SNAPSHOT --name life 2>>vmm.log'"
     };
 }
