@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use freestone_vmm::bus::{Progress, Source, Work};
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use crate::failure::Failure;
+use crate::ready;
 
 /// Bytes that a new client gets of what the guest wrote before.
 const REPLAY: u64 = 64 << 10;
@@ -193,14 +194,12 @@ impl Client {
 
 impl Work for Hub {
     fn sources(&self) -> Vec<Source> {
-        vec![Arc::new(EpollSource(Arc::clone(&self.epoll)))]
+        vec![ready::source(&self.epoll)]
     }
 
     fn process(&mut self) -> Progress {
-        let mut events = Vec::with_capacity(MAX_CLIENTS + 2);
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let ready = epoll::wait(&*self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&now));
-        if !matches!(ready, Ok(n) if n > 0) {
+        let events = ready::ready(&self.epoll, MAX_CLIENTS + 2);
+        if events.is_empty() {
             return Progress::Idle;
         }
         let full = self.clients.iter().all(Option::is_some);
@@ -248,14 +247,6 @@ impl Drop for Hub {
 impl fmt::Debug for Hub {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Hub").field("path", &self.path).finish_non_exhaustive()
-    }
-}
-
-struct EpollSource(Arc<OwnedFd>);
-
-impl AsRawFd for EpollSource {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
     }
 }
 

@@ -27,6 +27,7 @@ mod options;
 mod page_server;
 mod place;
 mod probe;
+mod ready;
 mod run;
 mod say;
 mod signals;

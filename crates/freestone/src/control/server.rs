@@ -3,7 +3,6 @@
 use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -14,6 +13,7 @@ use rustix::event::epoll;
 
 use super::life::{Address, Life, Mailbox};
 use super::protocol::{self, Controls};
+use crate::ready;
 
 /// Clients at a time; more wait in the socket's queue.
 const MAX_CLIENTS: usize = 8;
@@ -185,14 +185,12 @@ impl Client {
 
 impl Work for ControlServer {
     fn sources(&self) -> Vec<Source> {
-        vec![Arc::new(EpollSource(Arc::clone(&self.epoll)))]
+        vec![ready::source(&self.epoll)]
     }
 
     fn process(&mut self) -> Progress {
-        let mut events = Vec::with_capacity(MAX_CLIENTS + 2);
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let ready = epoll::wait(&*self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&now));
-        if !matches!(ready, Ok(n) if n > 0) {
+        let events = ready::ready(&self.epoll, MAX_CLIENTS + 2);
+        if events.is_empty() {
             return Progress::Idle;
         }
         let full = self.clients.iter().all(Option::is_some);
@@ -217,14 +215,6 @@ impl Work for ControlServer {
         }
         // The outer watch is for edges, so go on until nothing is ready.
         if served { Progress::More } else { Progress::Idle }
-    }
-}
-
-struct EpollSource(Arc<rustix::fd::OwnedFd>);
-
-impl AsRawFd for EpollSource {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.0.as_raw_fd()
     }
 }
 
